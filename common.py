@@ -1,0 +1,338 @@
+"""What all three scripts need and no paper is about: audio in, log-mel front end, run plumbing.
+
+Copy this file beside the script that you read. `python common.py` measures the front end.
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+import zlib
+from fractions import Fraction
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
+
+
+def die(message: str):
+    """Ends the program as bad input does: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# -----------------------------------------------------------------------------
+# Audio in. Letters: S samples.
+
+
+def find_audio(folder: Path) -> list[Path]:
+    """All audio files below a folder, sorted, without the litter that unpacking leaves."""
+    found = [f for f in Path(folder).rglob("*") if f.suffix.lower() in AUDIO and f.name[:2] != "._"]
+    return sorted(f for f in found if not {"__MACOSX", "images_original"} & set(f.parts))
+
+
+@lru_cache
+def resampler(source_rate: int, sample_rate: int) -> nn.Module:
+    """torchaudio's Resample. Its kernel grows with the terms of the ratio, and 44101 -> 16000 takes
+    a minute: a ratio of terms above 1000 is rounded, by less than 0.01 %."""
+    ratio = Fraction(source_rate, sample_rate)
+    if max(ratio.numerator, ratio.denominator) > 1000:
+        ratio = ratio.limit_denominator(160)
+    return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator)
+
+
+def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) -> Tensor:
+    """Reads a file, or `seconds` of it from `start` on, as a mono waveform.
+
+    Args:
+        path: whatever libsndfile reads, at any rate and with any number of channels.
+        sample_rate: of the result, in Hz.
+    Returns:
+        (S,) float32, the mean of the channels; shorter than asked where the file ends.
+    Raises:
+        ValueError: the file is missing, unreadable, empty there, or holds NaN or infinity.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            source_rate, first = file.samplerate, round(start * file.samplerate)
+            frames = -1 if seconds is None else math.ceil(seconds * source_rate)
+            if file.format == "MP3":  # seeking is not sample-exact there: decode all, then slice
+                samples = file.read(dtype="float32", always_2d=True)[first:][:frames or None]
+            else:
+                file.seek(min(first, file.frames))
+                samples = file.read(frames, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:  # soundfile's errors are RuntimeErrors
+        missing = not Path(path).is_file()
+        raise ValueError(f"{path}: {'no such file' if missing else error}") from None
+    waveform = torch.from_numpy(samples.mean(1))  # (S, channels) -> (S,)
+    if len(waveform) == 0 or not waveform.isfinite().all():
+        raise ValueError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
+    return waveform if source_rate == sample_rate else resampler(source_rate, sample_rate)(waveform)
+
+
+def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]:
+    """Reads a whole file: its seconds, and the reason why it cannot be used ('' if it can)."""
+    try:
+        waveform = read_audio(path, sample_rate)
+    except ValueError as error:
+        return 0.0, str(error)
+    seconds = len(waveform) / sample_rate
+    if seconds < min_seconds:
+        return seconds, f"{path}: {seconds:.1f} s long, {min_seconds:.1f} s are needed"
+    return seconds, f"{path}: silent" if waveform.abs().max() < 1e-5 else ""  # -100 dB
+
+
+def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) -> dict:
+    """Reads every file once: {path: seconds} of those to use; the others are named and counted."""
+    check = partial(check_audio, sample_rate=sample_rate, min_seconds=min_seconds)
+    usable, shown = {}, time.time()
+    for done, (path, (seconds, reason)) in enumerate(zip(paths, in_background(check, paths, workers))):
+        if reason:
+            print(f"skip   {reason}")
+        else:
+            usable[path] = seconds
+        if time.time() - shown > 20:
+            shown = time.time()
+            print(f"scan   {done + 1}/{len(paths)} files", flush=True)
+    print(f"data   {len(usable)} of {len(paths)} files can be used, {sum(usable.values()) / 60:.1f} minutes")
+    return usable
+
+
+def in_background(function, items, workers: int):
+    """function(item) for every item, in order, worked out ahead by `workers` processes (0: none)."""
+    return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers))
+
+
+# -----------------------------------------------------------------------------
+# Front end. Letters: B clips, S samples, F bands, T frames.
+
+
+class LogMel(nn.Module):
+    """Waveform (B, S) -> log(magnitude + floor) (B, F, T) in mel bands, T = 1 + S // hop_length.
+
+    n_mels=None leaves the F = n_fft / 2 + 1 linear bins. The same values as torchaudio's Spectrogram
+    (power 1, centred, Hann window) and MelScale (HTK, peaks of 1), which it is made of.
+    Args: rates and frequencies in Hz, lengths in samples.
+    """
+
+    def __init__(self, sample_rate, n_fft, hop_length, n_mels=None, win_length=None, f_min=0.0,
+                 f_max=None, floor=1e-7):  # fmt: skip
+        super().__init__()
+        self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, win_length, hop_length, power=None)
+        self.floor, self.mel = floor, None
+        if n_mels is not None:
+            self.mel = torchaudio.transforms.MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1)
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor) -> Tensor:
+        spectrum = torch.view_as_real(self.spectrogram(waveform).transpose(1, 2))  # (B, T, bins, 2)
+        magnitude = torch.hypot(spectrum[..., 0], spectrum[..., 1])  # faster than a complex abs()
+        if self.mel is not None:
+            magnitude = magnitude @ self.mel.fb  # (B, T, F)
+        return magnitude.add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
+
+
+# -----------------------------------------------------------------------------
+# Probe on frozen features. Letters: N items, D features, C classes.
+
+
+def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iterations=100) -> nn.Linear:
+    """Softmax regression on standardised frozen features with an L2 penalty, by L-BFGS from zero.
+
+    Convex, so that no seed and no learning rate matters.
+    Args:
+        features: (N, D). targets: (N, C) probabilities.
+    Returns:
+        Linear(D, C), logits for features as they come (the standardisation is in its weights).
+    """
+    mean, sd = features.mean(0), features.std(0, correction=0) + 1e-6  # (D,)
+    standardised = (features - mean) / sd
+    layer = nn.Linear(features.shape[1], targets.shape[1], device=features.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = F.cross_entropy(layer(standardised), targets)
+        value = value + weight_decay * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    layer.weight.data /= sd
+    layer.bias.data -= layer.weight.data @ mean
+    return layer.requires_grad_(False)
+
+
+# -----------------------------------------------------------------------------
+# Run plumbing
+
+
+def start_run(device: str = "") -> torch.device:
+    """Picks the device (cuda, else mps, else cpu) and joins torchrun's group, if there is one; there
+    only rank 0 goes on printing."""
+    try:  # keep freed memory: fresh pages for every large tensor cost half of the front end's time
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # another C library: as fast as it is
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "mps" if torch.backends.mps.is_available() else best
+    chosen = device or best
+    try:
+        if chosen == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        die(f"--device {chosen} cannot be used here: {str(error).splitlines()[0]}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if chosen == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return torch.device(chosen)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def random_key(*names) -> int:
+    """A seed for what is named, such as (seed, arm, step, item): no draw depends on another."""
+    return zlib.crc32("/".join(map(str, names)).encode())
+
+
+def make_folder(path: Path):
+    """Makes the folder that a run writes to; dies if it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".write_test").touch()
+        (path / ".write_test").unlink()
+    except OSError as error:
+        die(f"{path} cannot be written: {error.strerror}")
+
+
+def write_whole(path: Path, write):
+    """write(temporary path), then renames it: a kill leaves the old file or the new one, never half."""
+    if rank_and_size()[0] == 0:
+        temporary = path.with_suffix(".tmp")
+        write(temporary)
+        os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What was saved there, on the CPU; dies if there is none or the file is something else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        die(f"{path}: no checkpoint; train first, or name its folder with --out")
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        die(f"{path}: not a checkpoint ({type(error).__name__})")
+
+
+def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load, workers: int,
+             state: dict, checkpoint: Path, monitor):  # fmt: skip
+    """Yields (batch, network, update) for each step of an arm that is left to do; a script's loop
+    computes the loss with `network` (the model, data-parallel under torchrun, bf16 on CUDA) and calls
+    update(loss). Around it: AdamW on one cycle, clipped gradients, a seed for every step, batches read
+    ahead by load(step), a progress line (monitor() -> str), and a checkpoint once a minute, at the end
+    of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its weights.
+    """
+    if arm in state["arms"]:
+        model.load_state_dict(state["arms"][arm])
+        return
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
+    first, began, saved, shown, stop = 0, time.time(), time.time(), 0.0, []
+    if state["running"].get("arm") == arm:
+        first = state["running"]["step"]
+        model.load_state_dict(state["running"]["model"])
+        optimiser.load_state_dict(state["running"]["optimiser"])
+    parallel, device = model.train(), next(model.parameters()).device.type
+    if dist.is_initialized():  # batch-norm statistics stay per rank
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    def network(*inputs):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return parallel(*inputs).float()
+
+    def update(loss):
+        warm = (step + 1) / (0.2 * steps)  # one cycle: a fifth of the steps up, then a cosine to zero
+        rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
+        for group in optimiser.param_groups:
+            group["lr"] = lr * rate
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
+    for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
+        torch.manual_seed(random_key(arm, step, rank_and_size()[0]))
+        yield batch, network, update
+        done, now = step + 1 - first, time.time()
+        if done == 1 or step + 1 == steps or now - shown > 20:
+            shown, pace = now, done / (now - began)
+            print(f"step   {arm} {step + 1}/{steps} | {monitor()} | {pace * clips:.0f} clips/s | "
+                  f"{(steps - step - 1) / pace:.0f} s left", flush=True)  # fmt: skip
+        if stop or now - saved > 60:
+            saved = now
+            state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
+                                "optimiser": optimiser.state_dict()}  # fmt: skip
+            write_whole(checkpoint, partial(torch.save, state))
+        if stop:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, before)
+    state["arms"][arm] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    state["running"] = {}
+    write_whole(checkpoint, partial(torch.save, state))
+
+
+def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: float):
+    """Prints the table, mean ± sd over seeds, and writes results.json: fractions, <metric>_sd beside."""
+    rows = []
+    for same in zip(*rows_of_seeds):
+        row = {"row": same[0]["row"]}
+        for name in [k for k in same[0] if k != "row"]:
+            row[name] = float(np.mean([r[name] for r in same]))
+            if len(same) > 1:
+                row[f"{name}_sd"] = float(np.std([r[name] for r in same], ddof=1))
+        rows.append(row)
+    names = [k for k in rows[0] if k != "row" and not k.endswith("_sd")]
+    width = max(len(r["row"]) for r in rows) + 2
+    print("result".ljust(width) + "".join(f"  {name:>15}" for name in names))
+    for row in rows:
+        cells = [f"{row[k]:.3f}" + (f" ± {row[k + '_sd']:.3f}" if k + "_sd" in row else "") for k in names]
+        print(f"  {row['row']}".ljust(width) + "".join(f"  {cell:>15}" for cell in cells))
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+
+
+if __name__ == "__main__":
+    waveform = torch.randn(32, 10 * 22050)
+    ours = LogMel(22050, 1024, 220, n_mels=40, f_min=30, f_max=11000)
+    theirs = torchaudio.transforms.MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000,
+                                                  n_mels=40, power=1.0)  # fmt: skip
+    pace = {"LogMel": [], "torchaudio": []}
+    for _ in range(11):  # interleaved, so that both see the same machine
+        for name, front in (("LogMel", ours), ("torchaudio", lambda x: torch.log(theirs(x) + 1e-7))):
+            began = time.perf_counter()
+            front(waveform)
+            pace[name].append(32 / (time.perf_counter() - began))
+    ratio = np.median(np.divide(pace["LogMel"][1:], pace["torchaudio"][1:]))
+    print(f"front end, clips of 10 s per second: LogMel {np.median(pace['LogMel']):.0f}, torchaudio "
+          f"{np.median(pace['torchaudio']):.0f}, ratio {ratio:.2f} ({torch.get_num_threads()} threads)")  # fmt: skip

@@ -1,0 +1,137 @@
+"""Properties of common.py. Run from the project's folder: python -m pytest tests"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+
+def test_log_mel_equals_torchaudios_transforms():
+    waveform = torch.randn(3, 22050)
+    mel = torchaudio.transforms.MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000,
+                                               n_mels=40, power=1.0)  # fmt: skip
+    expected = torch.log(mel(waveform) + 1e-7)
+    ours = common.LogMel(22050, 1024, 220, 40, f_min=30, f_max=11000)(waveform)
+    assert ours.shape == (3, 40, 1 + 22050 // 220)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)  # float32 sums of 513 terms, in logs
+
+
+def test_linear_spectrogram_equals_torchaudios_with_a_short_window():
+    waveform = torch.randn(2, 16000)
+    linear = torchaudio.transforms.Spectrogram(1024, 400, 160, power=1.0)
+    ours = common.LogMel(16000, 1024, 160, win_length=400, floor=1e-5)(waveform)
+    torch.testing.assert_close(ours, torch.log(linear(waveform) + 1e-5), atol=1e-4, rtol=0)
+
+
+def test_log_mel_of_a_sine_peaks_in_its_band_and_silence_is_the_floor():
+    log_mel = common.LogMel(16000, 1024, 160, 64, f_min=60, f_max=7800)
+    sine = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)[None]
+    peak = log_mel(sine)[0].mean(1).argmax()
+    assert log_mel.mel.fb[64, peak] == log_mel.mel.fb[64].max()  # bin 64 is 1000 Hz
+    assert log_mel(torch.zeros(1, 16000)).allclose(torch.tensor(1e-7).log())
+
+
+@pytest.mark.parametrize("suffix, subtype, rate, channels", [
+    ("wav", "PCM_U8", 8000, 1), ("wav", "PCM_16", 96000, 2), ("flac", "PCM_24", 44100, 1),
+    ("ogg", "VORBIS", 44100, 2), ("aiff", "PCM_16", 22050, 1), ("mp3", "MPEG_LAYER_III", 44100, 2)])  # fmt: skip
+def test_read_audio_gives_the_same_sine_from_every_format(tmp_path, suffix, subtype, rate, channels):
+    t = np.arange(2 * rate) / rate
+    sine = 0.5 * np.sin(2 * np.pi * 440 * t)
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([sine] * channels, 1), rate, subtype=subtype)
+    waveform = common.read_audio(path, 16000)
+    assert waveform.dtype == torch.float32 and abs(len(waveform) - 32000) < 3000  # mp3 pads its ends
+    spectrum = torch.fft.rfft(waveform[8000:24000]).abs()  # bins of 1 Hz
+    assert spectrum.argmax() == 440 and abs(spectrum.max() / 8000 - 0.5) < 0.02  # 8-bit noise, mp3 loss
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3"])
+def test_an_excerpt_equals_the_slice_of_the_whole_file(tmp_path, suffix):
+    noise = np.random.default_rng(0).standard_normal(3 * 16000) * 0.1
+    soundfile.write(tmp_path / f"a.{suffix}", noise, 16000)
+    whole = common.read_audio(tmp_path / f"a.{suffix}", 16000)
+    part = common.read_audio(tmp_path / f"a.{suffix}", 16000, 1.25, 0.5)
+    assert torch.equal(part, whole[20000:28000])
+
+
+def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(44101) * 0.05), 44101)
+    began = time.time()
+    assert abs(len(common.read_audio(tmp_path / "a.wav", 16000)) - 16000) <= 5
+    assert time.time() - began < 5
+
+
+def test_unusable_files_raise_one_line_that_names_them(tmp_path):
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "zero.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
+    for name in ("text.wav", "zero.wav", "nan.wav", "none.wav", "missing.wav"):
+        with pytest.raises(ValueError, match=name) as error:
+            common.read_audio(tmp_path / name, 8000)
+        assert "\n" not in str(error.value)
+
+
+def test_scan_keeps_the_usable_files_and_names_the_others(tmp_path, capsys):
+    soundfile.write(tmp_path / "good.wav", np.sin(np.arange(16000)), 8000)
+    soundfile.write(tmp_path / "short.wav", np.sin(np.arange(800)), 8000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "litter.wav").write_text("")
+    (tmp_path / "._good.wav").write_text("")
+    paths = common.find_audio(tmp_path)
+    assert [p.name for p in paths] == ["good.wav", "short.wav", "silent.wav"]
+    assert common.scan_audio(paths, 8000, 1.0, workers=0) == {paths[0]: 2.0}
+    out = capsys.readouterr().out
+    assert "short.wav: 0.1 s" in out and "silent.wav: silent" in out and "1 of 3 files" in out
+
+
+def test_linear_probe_solves_softmax_regression_whatever_the_scale_of_the_features():
+    torch.manual_seed(0)
+    features, labels = torch.randn(200, 5), torch.randint(0, 3, (200,))
+    features[range(200), labels] += 3
+    targets = torch.nn.functional.one_hot(labels, 3).float()
+    probe = common.linear_probe(features, targets)
+    assert (probe(features).argmax(1) == labels).float().mean() > 0.9
+    scaled = common.linear_probe(features * 1000 + 7, targets)
+    torch.testing.assert_close(scaled(features * 1000 + 7), probe(features), atol=0.02, rtol=0.02)  # L-BFGS stops early
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def half(temporary):
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        common.write_whole(path, half)
+    assert path.read_text() == "old"
+
+
+def test_random_keys_are_fixed_and_differ_by_every_name():
+    assert common.random_key("arm", 3, 5) == 221683702
+    keys = {common.random_key(arm, step, item) for arm in "ab" for step in range(10) for item in range(10)}
+    assert len(keys) == 200
+
+
+def test_report_gives_mean_and_sd_over_seeds(tmp_path, capsys):
+    runs = [[{"row": "a", "accuracy1": 0.5}], [{"row": "a", "accuracy1": 0.7}]]
+    common.report(runs, tmp_path / "results.json", {}, 1.0)
+    assert "0.600 ± 0.141" in capsys.readouterr().out
+
+
+def test_importing_common_prints_and_computes_nothing(capsys):
+    import importlib
+
+    importlib.reload(common)
+    assert capsys.readouterr().out == ""

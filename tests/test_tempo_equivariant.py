@@ -1,0 +1,388 @@
+"""Properties of tempo_equivariant.py. Run from the project's folder: python -m pytest tests"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import tempo_equivariant as tempo
+
+RATE = 22050
+
+
+def run(*args, **kwargs):
+    """The command as a user types it, from another folder."""
+    command = [sys.executable, str(ROOT / "tempo_equivariant.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, **kwargs)
+
+
+# Loss
+
+
+def test_loss_is_zero_where_z_scales_with_the_stretch_rate_and_known_elsewhere():
+    a_i, a_j = torch.tensor([1.2]), torch.tensor([0.8])
+    assert tempo.tempo_ratio_loss(torch.tensor([3.0]), torch.tensor([2.0]), a_i, a_j).item() == pytest.approx(0, abs=1e-6)
+    assert tempo.tempo_ratio_loss(torch.ones(1), torch.ones(1), a_i, a_j).item() == pytest.approx(0.416667, abs=1e-6)
+
+
+def test_loss_equals_a_loop_over_pairs_and_ignores_the_scale_sign_and_order():
+    torch.manual_seed(0)
+    z_i, z_j, a_i, a_j = torch.rand(4, 4) + 0.5
+    slow = sum(0.5 * (abs(z_i[k] / z_j[k] - a_i[k] / a_j[k]) + abs(z_j[k] / z_i[k] - a_j[k] / a_i[k])) for k in range(4)) / 4
+    assert tempo.tempo_ratio_loss(z_i, z_j, a_i, a_j).item() == pytest.approx(slow.item(), rel=1e-5)
+    assert tempo.tempo_ratio_loss(-7 * z_i, -7 * z_j, a_i, a_j).item() == pytest.approx(slow.item(), rel=1e-5)
+    assert tempo.tempo_ratio_loss(z_j, z_i, a_j, a_i).item() == pytest.approx(slow.item(), rel=1e-5)
+
+
+def test_loss_refuses_shapes_that_would_broadcast_to_all_pairs():
+    with pytest.raises(ValueError):
+        tempo.tempo_ratio_loss(torch.ones(4, 1), torch.ones(4, 1), torch.ones(4), torch.ones(4))
+
+
+def test_constant_z_costs_the_published_line_at_twenty_percent():
+    torch.manual_seed(0)
+    a_i, a_j = 0.8 + 0.4 * torch.rand(2, 1_000_000)
+    loss = tempo.tempo_ratio_loss(torch.ones_like(a_i), torch.ones_like(a_i), a_i, a_j)
+    assert loss.item() == pytest.approx(0.1355, abs=5e-4)  # five standard errors
+
+
+def test_loss_gradient_is_finite_for_tiny_z():
+    z_i, z_j = torch.full((2, 3), 1e-4, requires_grad=True)
+    grads = torch.autograd.grad(tempo.tempo_ratio_loss(z_i, z_j, torch.ones(3), torch.full((3,), 1.2)), (z_i, z_j))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("loss, collapses", [
+    (tempo.tempo_ratio_loss, False), (lambda z_i, z_j, a_i, a_j: (z_i - z_j * a_i / a_j).abs().mean(), True)])  # fmt: skip
+def test_the_difference_loss_collapses_to_zero_and_the_ratio_loss_does_not(loss, collapses):
+    torch.manual_seed(0)
+    weight = torch.tensor([1.0, 1.0], requires_grad=True)  # z = weight . (tempo, constant)
+    optimiser = torch.optim.Adam([weight], 0.02)
+    for _ in range(600):
+        bpm, (a_i, a_j) = 0.5 + torch.rand(32), 0.8 + 0.4 * torch.rand(2, 32)
+        noise = 1 + 0.05 * torch.randn(2, 32)  # an estimate of tempo is never exact
+        z_i, z_j = (weight[0] * bpm * a * n + weight[1] for a, n in zip((a_i, a_j), noise))
+        optimiser.zero_grad()
+        loss(z_i, z_j, a_i, a_j).backward()
+        optimiser.step()
+    size = weight.detach().abs()
+    if collapses:
+        assert size.max() < 0.1
+    else:
+        assert size[0] > 0.5 and size[1] < 0.2 * size[0]  # nearly proportional to tempo; 1 at the start
+
+
+# Views
+
+
+def clicks(bpm, seconds=16.0):
+    waveform, click = np.zeros(int(seconds * RATE)), np.hanning(200) * np.sin(np.arange(200) * 0.6)
+    for at in np.arange(0, len(waveform) - 200, 60 / bpm * RATE).astype(int):
+        waveform[at : at + 200] += click
+    return torch.tensor(waveform).float()
+
+
+def test_wsola_changes_tempo_by_the_rate_of_each_clip_and_neither_pitch_nor_onset_length():
+    rates = torch.tensor([0.8, 1.0, 1.25])
+    stretched = tempo.wsola(clicks(120).repeat(3, 1), rates, RATE, 8 * RATE)
+    assert stretched.shape == (3, 8 * RATE)
+    for waveform, rate in zip(stretched, rates):
+        loud = (waveform.abs() > 0.3).nonzero()[:, 0]
+        onsets = loud[torch.cat([torch.tensor([True]), loud.diff() > 2000])]
+        assert (onsets.diff().median() / RATE - 0.5 / rate).abs() < 0.01  # seconds between clicks
+        assert all(((loud >= o) & (loud < o + 2000)).sum() < 160 for o in onsets[1:-1])  # none smeared
+    sine = torch.sin(2 * math.pi * 440 * torch.arange(16 * RATE) / RATE).repeat(3, 1)
+    spectrum = torch.fft.rfft(tempo.wsola(sine, rates, RATE, 8 * RATE)).abs()  # bins of 1/8 Hz
+    assert (spectrum.argmax(1) / 8 - 440).abs().max() < 3
+
+
+def test_wsola_at_rate_one_is_the_waveform_and_clips_do_not_mix():
+    torch.manual_seed(0)
+    waveform, rates = torch.randn(2, 4 * RATE), torch.tensor([1.0, 1.2])
+    both = tempo.wsola(waveform, rates, RATE, 2 * RATE)
+    alone = tempo.wsola(waveform[:1], rates[:1], RATE, 2 * RATE)
+    torch.testing.assert_close(both[:1], alone)
+    shift = (both[0, :100] @ waveform[0].unfold(0, 100, 1)[:2000].T).argmax()
+    torch.testing.assert_close(both[0], waveform[0, shift : shift + 2 * RATE], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("views", [tempo.WsolaViews(RATE, 1024, 40, 50), tempo.FluxViews(RATE, 1024, 40, 50)])
+def test_views_contain_nothing_from_outside_the_clip_at_any_rate(views):
+    torch.manual_seed(0)
+    waveform = 0.1 * torch.randn(4, round((4 * 1.41 + 0.2) * RATE))  # as much as training reads for 4 s
+    x = views(waveform, torch.tensor([0.71, 0.9, 1.2, 1.41]).repeat(2), 4.0)
+    energy = x.double().mean(1)  # (8, T): noise has no quiet frame, padding would be one
+    assert (energy.amin(1) > energy.mean(1) - 8 * energy.std(1)).all() and x.shape[0] == 8
+    assert (energy[:, -5:].mean(1) / energy.mean(1) - 1).abs().max() < 0.35
+
+
+# Model
+
+
+class PublishedTCN(nn.Module):
+    """The layers of the paper in their published order, written plainly."""
+
+    def __init__(self, bands):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.conv1, self.conv2 = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3)
+        self.conv3 = nn.Conv2d(16, 16, (((bands - 2) // 3 - 2) // 3, 1))
+        block = lambda d: nn.ModuleList([nn.Conv1d(16, 16, 5, padding=2 * d, dilation=d), nn.Conv1d(16, 16, 1),
+                                         nn.Conv1d(16, 16, 1)])  # fmt: skip
+        self.blocks = nn.ModuleList([block(2**i) for i in range(10)])
+        self.to_h, self.to_z = nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.norm(x[:, None])
+        x = F.max_pool2d(F.elu(self.conv1(x)), (3, 1))
+        x = F.max_pool2d(F.elu(self.conv2(x)), (3, 1))
+        x = F.elu(self.conv3(x))[:, :, 0]
+        for dilated, mix, shortcut in self.blocks:
+            x = shortcut(x) + mix(F.elu(dilated(x)))
+        return self.to_z(F.elu(self.to_h(F.elu(x).mean(2))))[:, 0]
+
+
+def same_tcn(bands):
+    torch.manual_seed(0)
+    fast, plain = tempo.TCN(nn.Identity(), bands), PublishedTCN(bands)
+    with torch.no_grad():
+        fast.norm.weight.fill_(1.3), fast.norm.bias.fill_(-0.2)
+        for mine, theirs in zip(fast.parameters(), plain.parameters()):
+            theirs.copy_(mine.reshape(theirs.shape))
+    return fast, plain
+
+
+def test_tcn_has_the_papers_parameters_and_300_class_model_too():
+    tcn = tempo.TCN(nn.Identity(), 81)
+    assert sum(p.numel() for p in tcn.parameters()) == 23235
+    classifier = tempo.TempoClassifier(tcn, nn.Linear(16, 300))
+    assert sum(p.numel() for n, p in classifier.named_parameters() if "to_z" not in n) == 28318
+
+
+def test_tcn_equals_the_published_order_of_layers_in_value_and_gradient():
+    fast, plain = same_tcn(81)
+    x = torch.randn(2, 81, 200)
+    torch.testing.assert_close(fast(x), plain(x), atol=1e-5, rtol=1e-4)
+    fast(x).sum().backward(), plain(x).sum().backward()
+    for mine, theirs in zip(fast.parameters(), plain.parameters()):
+        scale = theirs.grad.abs().max() + 1e-6
+        torch.testing.assert_close(mine.grad.reshape(theirs.shape) / scale, theirs.grad / scale, atol=1e-3, rtol=0)
+
+
+def test_tcn_step_is_faster_than_the_published_order_in_two_passes(capsys):
+    fast, plain = same_tcn(81)
+    x, ratios = torch.randn(16, 81, 1361), []  # 8 pairs at the paper's input
+    for _ in range(4):  # interleaved
+        began = time.perf_counter()
+        torch.cat([plain(x[:8]), plain(x[8:])]).square().sum().backward()
+        middle = time.perf_counter()
+        fast(x).square().sum().backward()
+        ratios.append((middle - began) / (time.perf_counter() - middle))
+    with capsys.disabled():
+        print(f"\n[TCN step at 81 x 1361: published order / ours = {np.median(ratios):.1f}]", end=" ")
+    assert np.median(ratios[1:]) > 1.2  # 3 on a quiet machine with two cores, less on a busy one
+
+
+def test_periodicity_hears_a_stretch_as_a_shift_of_its_logits():
+    torch.manual_seed(0)
+    model = tempo.Periodicity(tempo.FluxViews(RATE, 1024, 40, 50), 40).eval()
+    with torch.no_grad():
+        h = model.embed(model.views(torch.stack([clicks(100), clicks(100 * 2**0.25)])))
+    a, b = F.normalize(h[0, 20:70] - h[0].mean(), dim=0), h[1]
+    score = [F.cosine_similarity(a, b[20 + s : 70 + s] - b.mean(), dim=0) for s in range(-12, 13)]
+    assert int(np.argmax(score)) - 12 == 6  # a quarter of an octave is six bins
+
+
+def test_calibration_gives_the_tempo_of_clicks_up_to_the_stated_octave():
+    torch.manual_seed(0)
+    model = tempo.Periodicity(tempo.FluxViews(RATE, 1024, 40, 50), 40).eval()
+    with torch.no_grad():
+        h = [model.embed(model.views(clicks(bpm)[None])) for bpm in (90, 110, 130, 150)]
+        c = tempo.calibrate(model, h, RATE)
+        estimates = [tempo.label_free_tempo(model, x, c)[0] for x in h]
+    assert tempo.accuracies(estimates, [90, 110, 130, 150])["accuracy2"] == 1
+    assert 2**-0.5 <= np.median(estimates) / tempo.PRIOR_BPM <= 2**0.5
+
+
+# Scores and annotations
+
+
+def test_accuracies_accept_their_edges_and_octaves():
+    assert tempo.accuracies([115.2, 124.8], [120, 120]) == {"accuracy1": 1, "accuracy2": 1, "clips": 2}
+    assert tempo.accuracies([60, 240, 360, 40], [120] * 4) == {"accuracy1": 0, "accuracy2": 1, "clips": 4}
+    assert tempo.accuracies([115.1, 124.9, 80, 180], [120] * 4)["accuracy2"] == 0
+
+
+@pytest.mark.parametrize("name, text, bpm", [
+    ("annotations_v2/tempo/blues.00000.LOFI.bpm", "127.0\n", 127), ("tempo/gtzan_blues_00000.bpm", "99.5 1", 99.5),
+    ("jams/blues.00000.wav.jams", json.dumps({"annotations": [{"namespace": "tempo", "data": [{"value": 88}]}]}), 88),
+    ("jams/blues.00000.jams", json.dumps({"annotations": [{"namespace": "beat", "sandbox": {"annotation_type": "beat"},
+                                          "data": [{"time": 0.5 * k} for k in range(9)]}]}), 120),
+    ("beats/gtzan_blues_00000.beats", "0.0\t1\n0.4\t2\n0.8\t3\n", 150), ("genres_tempos.mf", "/x/blues.00000.au\t77\n", 77),
+    ("index.json", json.dumps([{"audio_filepath": "gtzan/blues/blues.00000.wav", "tempo": 125.0}]), 125),
+    ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nmissing.wav,90,\n", 66),
+    ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])  # fmt: skip
+def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
+    audio = tmp_path / "blues" / "blues.00000.wav"
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+    truth = tempo.find_truth(tmp_path, [audio])
+    assert list(truth) == [audio] and truth[audio][0] == pytest.approx(bpm)
+
+
+def test_the_better_kind_of_annotation_wins_and_the_line_counts_what_did_not_fit(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("file,bpm\nx.wav,50\nmissing.wav,90\nx.wav,none\n")
+    assert tempo.find_truth(tmp_path, [tmp_path / "x.wav"])[tmp_path / "x.wav"][0] == 50
+    assert "1 annotations fit no file, 1 hold no number" in capsys.readouterr().out
+    (tmp_path / "x.bpm").write_text("60")
+    (tmp_path / "broken.jams").write_text("{")
+    assert tempo.find_truth(tmp_path, [tmp_path / "x.wav"])[tmp_path / "x.wav"][0] == 60
+
+
+def test_folds_keep_the_excerpts_of_a_song_together_and_are_even():
+    clips = [("", 0, 100.0, f"song{k // 3}") for k in range(90)]
+    folds = tempo.song_folds(clips, seed=0)
+    assert all(len(set(folds[k : k + 3])) == 1 for k in range(0, 90, 3))
+    assert np.bincount(folds).tolist() == [18] * 5
+
+
+def test_a_generated_track_has_its_tempo_and_is_the_same_every_time(tmp_path):
+    hits = []
+    for number in range(10):
+        line = tempo.write_track(number, tmp_path, RATE)
+        name, bpm = line.split(",")
+        hits.append((tempo.autocorrelation_tempo(tmp_path / name, RATE, 1024), float(bpm)))
+    assert tempo.accuracies(*zip(*hits))["accuracy2"] >= 0.7  # chance is 0.2
+    (tmp_path / "again").mkdir()
+    tempo.write_track(3, tmp_path / "again", RATE)
+    assert (tmp_path / "again/track0003.wav").read_bytes() == (tmp_path / "track0003.wav").read_bytes()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve songs with truth, and every kind of file that a user may have by mistake."""
+    folder = tmp_path_factory.mktemp("music")
+    lines = ["file,bpm"] + [tempo.write_track(number, folder, RATE) for number in range(12)]
+    (folder / "tempo.csv").write_text("\n".join(lines[:-1] + ["track0011.wav,fast", "missing.wav,100"]))
+    (folder / "text.wav").write_text("not audio")
+    (folder / "zero.wav").write_bytes(b"")
+    soundfile.write(folder / "short.wav", np.sin(np.arange(2205)), RATE)
+    soundfile.write(folder / "silent.wav", np.zeros(16 * RATE), RATE)
+    soundfile.write(folder / "nan.wav", np.full(16 * RATE, np.nan), RATE, subtype="FLOAT")
+    tracks = [soundfile.read(folder / f"track{n:04d}.wav")[0] for n in range(3)]
+    soundfile.write(folder / "stereo.wav", np.repeat(tracks[0], 4)[:, None].repeat(2, 1)[: 16 * 88200], 88200)
+    soundfile.write(folder / "eight.wav", tracks[1], RATE, subtype="PCM_U8")
+    soundfile.write(folder / "song.mp3", tracks[2], RATE)
+    return folder
+
+
+SMALL = ("--encoders", "periodicity", "--steps", 6, "--batch-size", 4, "--view-seconds", 4, "--left-out-folds", 1)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return run("--data", folder, "--out", out, *SMALL), out
+
+
+def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
+    result, out = finished
+    assert result.returncode == 0 and result.stderr == ""
+    for words in ("text.wav", "zero.wav", "short.wav: 0.1 s", "silent.wav: silent", "nan.wav: NaN", "15 of 20 files",
+                  "11 of 15 files", "1 annotations fit no file, 1 hold no number"):  # fmt: skip
+        assert words in result.stdout
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [r["row"] for r in rows][:2] == ["best constant, 5 folds", "autocorrelation of the onset strength"]
+    assert any("songs left out" in r["row"] for r in rows) and all(0 <= r["accuracy1"] <= 1 for r in rows)
+    assert (out / "tempo.png").stat().st_size > 10000
+
+
+def test_predict_prints_a_line_for_each_file_of_any_format_and_skips_the_others(finished, folder):
+    names = ["stereo.wav", "eight.wav", "song.mp3", "zero.wav"]
+    result = run("--out", finished[1], "--predict", *[folder / name for name in names])
+    assert result.returncode == 0 and result.stdout.count(" BPM, or ") == 3 and "zero.wav" in result.stdout
+    assert run("--out", finished[1], "--predict", folder / "zero.wav").returncode == 2
+
+
+def test_predict_without_files_scores_a_folder(finished, folder):
+    result = run("--out", finished[1], "--predict", "--data", folder)
+    assert result.returncode == 0 and "accuracy1" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [
+    ("--data", "nowhere"), ("--data", "{empty}"), ("--data", "{text}"), ("--steps", "0"), ("--encoders", "lstm"),
+    ("--max-stretch", "1"), ("--device", "tpu"), ("--predict",), ("--predict", "x.wav", "--out", "{empty}"), ("--step", "3"),
+    ("--data", "{music}", "--out", "{text}/results"), ("--resume", "--out", "{text}")])  # fmt: skip
+def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no audio")
+    (tmp_path / "text" / "results").write_text("a file, not a folder")
+    (tmp_path / "text" / "checkpoint.pt").write_text("not a checkpoint")
+    places = {"empty": tmp_path / "empty", "text": tmp_path / "text", "music": folder}
+    result = run(*[arg.format(**places) for arg in args], cwd=tmp_path)
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr
+
+
+def arms(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["arms"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(finished, folder, tmp_path, how):
+    command = [sys.executable, str(ROOT / "tempo_equivariant.py"), "--data", folder, "--out", tmp_path, *map(str, SMALL)]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    wanted = "supervised 1/" if how == signal.SIGINT else "SSL all songs 1/"
+    for line in process.stdout:
+        if wanted in line:
+            process.send_signal(how)
+            break
+    process.stdout.read()
+    assert process.wait() != 0
+    running = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["running"]
+    assert how == signal.SIGKILL or 0 < running["step"] < 6  # Ctrl-C saved the step that it fell into
+    assert run("--resume", "--out", tmp_path, "--workers", 0).returncode == 0  # the arguments come from the checkpoint
+    for arm, weights in arms(finished[1]).items():
+        assert all(torch.equal(weights[name], arms(tmp_path)[arm][name]) for name in weights), arm
+
+
+def test_a_folder_without_truth_trains_says_what_to_fetch_and_predicts(folder, tmp_path):
+    (tmp_path / "music").mkdir()
+    for number in range(3):
+        (tmp_path / "music" / f"{number}.wav").symlink_to(folder / f"track{number:04d}.wav")
+    result = run("--data", tmp_path / "music", "--out", tmp_path, *SMALL)
+    assert result.returncode == 0 and result.stderr == ""
+    assert "gtzan_tempo_beat" in result.stdout and "median" in result.stdout
+    assert run("--out", tmp_path, "--predict", folder / "track0000.wav").returncode == 0
+
+
+def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "tempo_equivariant.py"),
+               "--data", folder, "--out", tmp_path, *SMALL]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("autocorrelation of the onset strength") == 1 and (tmp_path / "results.json").exists()
+
+
+def test_importing_the_script_trains_nothing(tmp_path):
+    result = subprocess.run([sys.executable, "-c", "import tempo_equivariant"], capture_output=True, text=True,
+                            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir())
