@@ -21,9 +21,9 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchaudio.transforms import MelScale, MelSpectrogram, Resample, Spectrogram
 
 AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
 
@@ -51,7 +51,7 @@ def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     ratio = Fraction(source_rate, sample_rate)
     if max(ratio.numerator, ratio.denominator) > 1000:
         ratio = ratio.limit_denominator(160)
-    return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator)
+    return Resample(ratio.numerator, ratio.denominator)
 
 
 def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) -> Tensor:
@@ -99,7 +99,8 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
     """Reads every file once: {path: seconds} of those to use; the others are named and counted."""
     check = partial(check_audio, sample_rate=sample_rate, min_seconds=min_seconds)
     usable, shown = {}, time.time()
-    for done, (path, (seconds, reason)) in enumerate(zip(paths, in_background(check, paths, workers))):
+    results = zip(paths, in_background(check, paths, workers))
+    for done, (path, (seconds, reason)) in enumerate(results):
         if reason:
             print(f"skip   {reason}")
         else:
@@ -107,12 +108,13 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
         if time.time() - shown > 20:
             shown = time.time()
             print(f"scan   {done + 1}/{len(paths)} files", flush=True)
-    print(f"data   {len(usable)} of {len(paths)} files can be used, {sum(usable.values()) / 60:.1f} minutes")
+    minutes = sum(usable.values()) / 60
+    print(f"data   {len(usable)} of {len(paths)} files can be used, {minutes:.1f} minutes")
     return usable
 
 
 def in_background(function, items, workers: int):
-    """function(item) for every item, in order, worked out ahead by `workers` processes (0: none)."""
+    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none)."""
     return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers))
 
 
@@ -123,18 +125,18 @@ def in_background(function, items, workers: int):
 class LogMel(nn.Module):
     """Waveform (B, S) -> log(magnitude + floor) (B, F, T) in mel bands, T = 1 + S // hop_length.
 
-    n_mels=None leaves the F = n_fft / 2 + 1 linear bins. The same values as torchaudio's Spectrogram
-    (power 1, centred, Hann window) and MelScale (HTK, peaks of 1), which it is made of.
-    Args: rates and frequencies in Hz, lengths in samples.
+    n_mels=None leaves the F = n_fft / 2 + 1 linear bins. The values of torchaudio's Spectrogram
+    (power 1, centred, Hann window) and MelScale (HTK, peaks of 1), which it is made of. Rates and
+    frequencies are in Hz, lengths in samples.
     """
 
     def __init__(self, sample_rate, n_fft, hop_length, n_mels=None, win_length=None, f_min=0.0,
                  f_max=None, floor=1e-7):  # fmt: skip
         super().__init__()
-        self.spectrogram = torchaudio.transforms.Spectrogram(n_fft, win_length, hop_length, power=None)
+        self.spectrogram = Spectrogram(n_fft, win_length, hop_length, power=None)
         self.floor, self.mel = floor, None
         if n_mels is not None:
-            self.mel = torchaudio.transforms.MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1)
+            self.mel = MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1)
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
@@ -163,7 +165,8 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
     layer = nn.Linear(features.shape[1], targets.shape[1], device=features.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=iterations,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
 
     def loss():
         optimiser.zero_grad()
@@ -183,7 +186,7 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
 
 
 def start_run(device: str = "") -> torch.device:
-    """Picks the device (cuda, else mps, else cpu) and joins torchrun's group, if there is one; there
+    """Picks the device (cuda, else mps, else cpu) and joins torchrun's group, if there is one: then
     only rank 0 goes on printing."""
     try:  # keep freed memory: fresh pages for every large tensor cost half of the front end's time
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -227,7 +230,7 @@ def make_folder(path: Path):
 
 
 def write_whole(path: Path, write):
-    """write(temporary path), then renames it: a kill leaves the old file or the new one, never half."""
+    """write(temporary path), then a rename: a kill leaves the old file or the new, never half."""
     if rank_and_size()[0] == 0:
         temporary = path.with_suffix(".tmp")
         write(temporary)
@@ -247,10 +250,11 @@ def load_checkpoint(path: Path) -> dict:
 def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load, workers: int,
              state: dict, checkpoint: Path, monitor):  # fmt: skip
     """Yields (batch, network, update) for each step of an arm that is left to do; a script's loop
-    computes the loss with `network` (the model, data-parallel under torchrun, bf16 on CUDA) and calls
-    update(loss). Around it: AdamW on one cycle, clipped gradients, a seed for every step, batches read
-    ahead by load(step), a progress line (monitor() -> str), and a checkpoint once a minute, at the end
-    of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its weights.
+    computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA) and
+    calls update(loss). Around it: AdamW on one cycle, clipped gradients, a seed for every step,
+    batches read ahead by load(step), a progress line with monitor(), and a checkpoint once a
+    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its
+    weights.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])
@@ -270,7 +274,7 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
             return parallel(*inputs).float()
 
     def update(loss):
-        warm = (step + 1) / (0.2 * steps)  # one cycle: a fifth of the steps up, then a cosine to zero
+        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then a cosine to zero
         rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
         for group in optimiser.param_groups:
             group["lr"] = lr * rate
@@ -302,7 +306,7 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
 
 
 def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: float):
-    """Prints the table, mean ± sd over seeds, and writes results.json: fractions, <metric>_sd beside."""
+    """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside."""
     rows = []
     for same in zip(*rows_of_seeds):
         row = {"row": same[0]["row"]}
@@ -315,8 +319,10 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
     width = max(len(r["row"]) for r in rows) + 2
     print("result".ljust(width) + "".join(f"  {name:>15}" for name in names))
     for row in rows:
-        cells = [f"{row[k]:.3f}" + (f" ± {row[k + '_sd']:.3f}" if k + "_sd" in row else "") for k in names]
-        print(f"  {row['row']}".ljust(width) + "".join(f"  {cell:>15}" for cell in cells))
+        cells = [f"{row[k]:.3f}".removesuffix(".000") for k in names]
+        spreads = [f" ± {row[k + '_sd']:.3f}" if row.get(k + "_sd") else "" for k in names]
+        cells = "".join(f"  {cell + spread:>15}" for cell, spread in zip(cells, spreads))
+        print(f"  {row['row']}".ljust(width) + cells)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
@@ -325,14 +331,14 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
 if __name__ == "__main__":
     waveform = torch.randn(32, 10 * 22050)
     ours = LogMel(22050, 1024, 220, n_mels=40, f_min=30, f_max=11000)
-    theirs = torchaudio.transforms.MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000,
-                                                  n_mels=40, power=1.0)  # fmt: skip
-    pace = {"LogMel": [], "torchaudio": []}
+    theirs = MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000, n_mels=40, power=1)
+    paces = []
     for _ in range(11):  # interleaved, so that both see the same machine
-        for name, front in (("LogMel", ours), ("torchaudio", lambda x: torch.log(theirs(x) + 1e-7))):
-            began = time.perf_counter()
-            front(waveform)
-            pace[name].append(32 / (time.perf_counter() - began))
-    ratio = np.median(np.divide(pace["LogMel"][1:], pace["torchaudio"][1:]))
-    print(f"front end, clips of 10 s per second: LogMel {np.median(pace['LogMel']):.0f}, torchaudio "
-          f"{np.median(pace['torchaudio']):.0f}, ratio {ratio:.2f} ({torch.get_num_threads()} threads)")  # fmt: skip
+        began = time.perf_counter()
+        ours(waveform)
+        middle = time.perf_counter()
+        torch.log(theirs(waveform) + 1e-7)
+        paces.append((32 / (middle - began), 32 / (time.perf_counter() - middle)))
+    pace, other = np.median(paces[1:], 0)
+    print(f"front end, clips of 10 s per second: LogMel {pace:.0f}, torchaudio {other:.0f}, ratio "
+          f"{np.median(np.divide(*np.transpose(paces[1:]))):.2f}")  # fmt: skip
