@@ -470,7 +470,7 @@ class TCN(nn.Module):
         """(B, F, T) -> h (B, 16), behind the ELU that is part of the paper's heads."""
         norm = self.norm
         x = F.batch_norm(x[:, None], norm.running_mean, norm.running_var, training=self.training)
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # (B, 1, F, T), channels last
+        x = x[:, 0, :, :, None].permute(0, 3, 1, 2)  # (B, 1, F, T) whose strides say channels last
         bias = self.conv1.bias + norm.bias * self.conv1.weight.sum((1, 2, 3))
         x = F.conv2d(x, self.conv1.weight * norm.weight, bias)  # (B, 16, F - 2, T - 2)
         x = F.elu(F.max_pool2d(x, (3, 1)), inplace=True)

@@ -193,7 +193,7 @@ def test_tcn_step_is_faster_than_the_published_order_in_two_passes(capsys):
         ratios.append((middle - began) / (time.perf_counter() - middle))
     with capsys.disabled():
         print(f"\n[TCN step at 81 x 1361: published order / ours = {np.median(ratios):.1f}]", end=" ")
-    assert np.median(ratios[1:]) > 1.2  # 3 on a quiet machine with two cores, less on a busy one
+    assert np.median(ratios[1:]) > 1.6  # 3 on a quiet machine with two cores, less on a busy one
 
 
 def test_periodicity_hears_a_stretch_as_a_shift_of_its_logits():
