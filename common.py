@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from fractions import Fraction
@@ -40,17 +41,19 @@ def die(message: str):
 
 def find_audio(folder: Path) -> list[Path]:
     """All audio files below a folder, sorted, without the litter that unpacking leaves."""
-    found = [f for f in Path(folder).rglob("*") if f.suffix.lower() in AUDIO and f.name[:2] != "._"]
+    found = [Path(where) / name for where, _, names in os.walk(folder, followlinks=True)
+             for name in names if Path(name).suffix.lower() in AUDIO]  # fmt: skip
+    found = [f for f in found if f.name[:2] != "._"]
     return sorted(f for f in found if not {"__MACOSX", "images_original"} & set(f.parts))
 
 
 @lru_cache
 def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     """torchaudio's Resample. Its kernel grows with the terms of the ratio, and 44101 -> 16000 takes
-    a minute: a ratio of terms above 1000 is rounded, by less than 0.01 %."""
+    a minute: a ratio of terms above 1000 is rounded to one below, by less than 0.001 %."""
     ratio = Fraction(source_rate, sample_rate)
     if max(ratio.numerator, ratio.denominator) > 1000:
-        ratio = ratio.limit_denominator(160)
+        ratio = ratio.limit_denominator(1000 * sample_rate // max(source_rate, sample_rate))
     return Resample(ratio.numerator, ratio.denominator)
 
 
@@ -70,11 +73,12 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
             source_rate, first = file.samplerate, round(start * file.samplerate)
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
             if file.format == "MP3":  # seeking is not sample-exact there: decode all, then slice
-                samples = file.read(dtype="float32", always_2d=True)[first:][:frames or None]
+                samples = file.read(dtype="float32", always_2d=True)[first:]
+                samples = samples if frames < 0 else samples[:frames]
             else:
                 file.seek(min(first, file.frames))
                 samples = file.read(frames, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile's errors are RuntimeErrors
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
         missing = not Path(path).is_file()
         raise ValueError(f"{path}: {'no such file' if missing else error}") from None
     waveform = torch.from_numpy(samples.mean(1))  # (S, channels) -> (S,)
@@ -223,8 +227,7 @@ def make_folder(path: Path):
     """Makes the folder that a run writes to; dies if it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".write_test").touch()
-        (path / ".write_test").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         die(f"{path} cannot be written: {error.strerror}")
 
@@ -237,14 +240,18 @@ def write_whole(path: Path, write):
         os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What was saved there, on the CPU; dies if there is none or the file is something else."""
+def load_checkpoint(path: Path, made_by: str) -> dict:
+    """The state saved there by a script of this name and version; dies if it is something else."""
+    state = None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path}: no checkpoint; train first, or name its folder with --out")
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         die(f"{path}: not a checkpoint ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("made_by") != made_by:
+        die(f"{path}: not a checkpoint of {made_by}")
+    return state
 
 
 def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load, workers: int,
@@ -267,7 +274,8 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
         optimiser.load_state_dict(state["running"]["optimiser"])
     parallel, device = model.train(), next(model.parameters()).device.type
     if dist.is_initialized():  # batch-norm statistics stay per rank
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                       static_graph=True)  # fmt: skip
 
     def network(*inputs):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -308,8 +316,9 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
 def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: float):
     """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside."""
     rows = []
-    for same in zip(*rows_of_seeds):
+    for same in zip(*rows_of_seeds, strict=True):
         row = {"row": same[0]["row"]}
+        assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [k for k in same[0] if k != "row"]:
             row[name] = float(np.mean([r[name] for r in same]))
             if len(same) > 1:

@@ -40,7 +40,9 @@ import argparse
 import csv
 import json
 import math
+import re
 import time
+import unicodedata
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -48,11 +50,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import mask_along_axis_iid
 
-from common import (LogMel, check_audio, die, find_audio, in_background, linear_probe,
+from common import (LogMel, die, find_audio, in_background, linear_probe,
                     load_checkpoint, make_folder, random_key, rank_and_size, read_audio, report,
                     scan_audio, start_run, training, write_whole)  # fmt: skip
 
@@ -72,8 +75,10 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "n_fft": (1024, 1024, 2048, "samples"),
     "left_out_folds": (1, 2, 2, "folds of songs, of 5, that are left out of training in turn"),
 }
+FLAGS = ("steps", "batch_size", "lr", "view_seconds", "left_out_folds", "tcn_views")
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
+VERSION = "tempo_equivariant 1"  # of the checkpoint's contents
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 BPM_AXIS = 15 * 2 ** (torch.arange(145) / 24)  # log tempo, 24 bins to the octave: 15 to 960 BPM
@@ -86,7 +91,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
     add("--encoders", nargs="+", default=encoders, choices=encoders, help="the paper's, ours")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
-    for name, (*columns, meaning) in HYPER_PARAMETERS.items():
+    for name in FLAGS:
+        *columns, meaning = HYPER_PARAMETERS[name]
         help = f"{meaning} (demo {columns[0]}, data {columns[1]}, paper {columns[2]})"
         add("--" + name.replace("_", "-"), type=type(columns[2]), help=help)
     add("--out", type=Path, default=Path("out/tempo_equivariant"), metavar="DIR", help="results")
@@ -98,16 +104,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.setting = args.setting or ("data" if args.data else "demo")
     for name, columns in HYPER_PARAMETERS.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, columns[("demo", "data", "paper").index(args.setting)])
-        elif name != "tcn_views" and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0: got {getattr(args, name)}")
-    if not 1 < args.max_stretch <= 2 or args.left_out_folds > 5 or args.workers < 0:
-        parser.error("--max-stretch is above 1 to 2, --left-out-folds up to 5, --workers from 0")
-    if args.tcn_views not in ("flux", "wsola") or args.tcn_bands < 17:
-        parser.error("--tcn-views is flux or wsola; --tcn-bands from 17")
-    if args.predict == [] and not args.data:
-        parser.error("--predict needs FILE... or --data DIR")
+    args.seed = list(dict.fromkeys(args.seed))
+    for name, lowest, highest in (("steps", 1, 10**8), ("batch_size", 1, 10**5), ("lr", 1e-9, 10),
+                                  ("view_seconds", 2, WINDOW_SECONDS), ("left_out_folds", 1, 5),
+                                  ("workers", 0, 64)):  # fmt: skip
+        if not lowest <= getattr(args, name) <= highest:
+            parser.error(f"--{name.replace('_', '-')} must be from {lowest:g} to {highest:g}")
+    if args.tcn_views not in ("flux", "wsola") or (args.predict == [] and not args.data):
+        parser.error("--tcn-views is flux or wsola; --predict needs FILE... or --data DIR")
     return args
 
 
@@ -221,30 +227,29 @@ PREFIXES = ("giantsteps_", "acm_mirum_", "hainsworth_", "hains", "ballroom_", "s
 
 def track_key(name: str) -> str:
     """What all names of a track share: gtzan_blues_00000.bpm and blues.00000.wav -> blues.00000"""
-    key = name.replace("\\", "/").split("/")[-1].lower()
+    key = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")[-1].lower()
     while key.endswith(tuple(SUFFIXES)):
         key = key.rpartition(".")[0]
     for prefix in PREFIXES:
         key = key.removeprefix(prefix)
-    return key.removeprefix("gtzan_").replace("_", ".") if key.startswith("gtzan_") else key
+    return re.sub(r"^(?:gtzan_)?([a-z]+)[._](\d{5})$", r"\1.\2", key)
 
 
 def read_truth(path: Path) -> list[tuple]:
     """(track name, BPM, song or '') of each track in an annotation file; [] if it is none."""
     text, kind = path.read_text(encoding="utf-8-sig", errors="replace"), path.suffix.lower()
-    beat_tempo = lambda times: 60 / np.median(np.diff(np.array(times, float)))  # from seconds
-    if kind == ".bpm":
+    beat_tempo = lambda times: 60 / np.median(np.diff(np.array(times, float))) if times[1:] else 0
+    if kind == ".bpm":  # the first token
         return [(path.name, (text.split() or [""])[0], "")]
     if kind == ".beats":  # lines of time<TAB>position
         times = [line.split()[0] for line in text.splitlines() if line.strip()]
         return [(path.name, beat_tempo(times), "")]
     if kind == ".jams":
-        for part in json.loads(text)["annotations"]:
-            if part["namespace"] == "tempo" and part["data"]:
-                return [(path.name, part["data"][0]["value"], "")]
-            if part.get("sandbox", {}).get("annotation_type") == "beat":
-                return [(path.name, beat_tempo([event["time"] for event in part["data"]]), "")]
-        return []
+        parts = json.loads(text)["annotations"]
+        tempi = [part["data"][0]["value"] for part in parts if part["namespace"] == "tempo"]
+        beats = [[event["time"] for event in part["data"]] for part in parts
+                 if (part.get("sandbox") or {}).get("annotation_type") == "beat"]  # fmt: skip
+        return [(path.name, value, "") for value in (tempi + [beat_tempo(b) for b in beats])[:1]]
     if kind == ".json":  # the index of the official code
         return [(r["audio_filepath"], r["tempo"], "") for r in json.loads(text) if "tempo" in r]
     text = "file\tbpm\n" * (kind == ".mf") + text  # Marsyas' tables have no heading
@@ -269,12 +274,12 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
             named.setdefault(name, []).append(path)
     files = [f for f in folder.rglob("*") if f.suffix.lower() in TRUTH_KINDS and f.name[0] != "."]
     for kind in TRUTH_KINDS:
-        truth, strangers, numberless = {}, 0, 0
+        truth, used, strangers, numberless = {}, set(), 0, 0
         for file in sorted(f for f in files if kind in (f.suffix.lower(), f.parent.parent.name)):
             try:
                 rows = read_truth(file)
-            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                print(f"skip   {file}: not an annotation ({type(error).__name__})")
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as e:
+                print(f"skip   {file}: not an annotation ({type(e).__name__})")
                 continue
             for name, value, song in rows:
                 meant = named.get(name, named.get(track_key(name), []))
@@ -282,10 +287,12 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
                 numberless += math.isnan(bpm)
                 strangers += len(meant) != 1  # no such file, or several of that name
                 if len(meant) == 1 and not math.isnan(bpm):
-                    truth[meant[0]] = (bpm, song or track_key(meant[0].name))
+                    truth[meant[0]] = (bpm, song or str(meant[0]))
+                    used.add(file if kind[-2:] in ("sv", "mf", "on") else file.parent)
         if truth:
-            print(f"truth  {kind}: {len(truth)} of {len(paths)} files have a tempo; {strangers} "
-                  f"annotations fit no file, {numberless} hold no number")  # fmt: skip
+            print(f"truth  {kind} in {', '.join(map(str, sorted(used)))}: {len(truth)} of "
+                  f"{len(paths)} files have a tempo; {strangers} annotations fit no file, "
+                  f"{numberless} hold no number")  # fmt: skip
             return truth
     print("truth  none found: training without scores. For GTZAN put the folder tempo of "
           f"github.com/TempoBeatDownbeat/gtzan_tempo_beat into {folder}; for your own write "
@@ -296,7 +303,7 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
 def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int) -> list[tuple]:
     """All to use below a folder: [(path, seconds, BPM or nan, song)]; dies if there is nothing."""
     if not folder.is_dir():
-        die(f"--data {folder}: no such folder; expected audio in it, as genres/pop/pop.00001.wav")
+        die(f"--data {folder}: no such folder; expected audio in one, as genres/pop/pop.00001.wav")
     paths = find_audio(folder)
     seconds = scan_audio(paths, sample_rate, min_seconds, workers)
     if not seconds:
@@ -479,7 +486,9 @@ class TCN(nn.Module):
         return F.elu(self.to_h(F.elu(x).mean((2, 3))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_z(self.embed(x))[:, 0]
+        h = self.embed(x)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would round z to 1 BPM in 128
+            return self.to_z(h.float())[:, 0]
 
     def read(self, h: Tensor, calibration: float) -> tuple[Tensor, Tensor]:
         """h (B, 16) -> pseudo-tempo |z| (B,); (B, K) probabilities on BPM_AXIS, a bump of 4 % about
@@ -502,6 +511,7 @@ class Periodicity(nn.Module):
     def __init__(self, views: nn.Module, bands: int, channels=8):
         super().__init__()
         self.views = views
+        self.register_buffer("axis", BPM_AXIS, persistent=False)  # on the device: no copy in a step
         self.conv = nn.Conv2d(bands, channels, (1, 5), padding=(0, 2))
         self.blocks = nn.Sequential(*[ResidualBlock(channels, 2**i) for i in range(4)])
         self.context = nn.Conv1d(channels, 16, 9, padding=4)
@@ -515,7 +525,7 @@ class Periodicity(nn.Module):
         window = torch.hann_window(x.shape[2], periodic=False, device=x.device).sqrt()
         power = torch.fft.rfft((x - x.mean(2, keepdim=True)) * window, 2048)  # (B, 8, 1025)
         power = torch.view_as_real(power).square().sum(-1)
-        axis = BPM_AXIS.to(x.device).expand(*x.shape[:2], -1) / 60 / self.views.frame_rate
+        axis = self.axis.expand(*x.shape[:2], -1) / 60 / self.views.frame_rate  # 1 / frames
         correlation = torch.fft.irfft(power)  # (B, 8, 2048), Wiener and Khinchin
         correlation = read_at(correlation / (correlation[:, :, :1] + 1e-4), 1 / axis)  # (B, 8, K)
         spectrum = (read_at(power, 2048 * axis) + 1e-6).sqrt()
@@ -523,15 +533,16 @@ class Periodicity(nn.Module):
         return self.to_h(F.elu(self.context(F.relu(correlation) * spectrum)))[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embed(x).softmax(1) @ BPM_AXIS[24:121].to(x.device)  # z (B,)
+        h = self.embed(x)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would round z to 1 BPM in 128
+            return h.float().softmax(1) @ self.axis[24:121]  # z (B,)
 
     def read(self, h: Tensor, calibration: float) -> tuple[Tensor, Tensor]:
         """h (B, 97) -> pseudo-tempo (B,), the likeliest; (B, K) probabilities on BPM_AXIS of
         calibration times the tempo."""
-        axis = BPM_AXIS.to(h.device)
-        at = 24 * torch.log2(axis / calibration / axis[24])  # (K,) positions in h
+        at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
         p = read_at(h.softmax(1), at.clamp(0, 96).expand(len(h), -1)) * ((at >= 0) & (at <= 96))
-        return axis[24:121][h.argmax(1)], p / p.sum(1, keepdim=True).clamp(min=1e-9)
+        return self.axis[24:121][h.argmax(1)], p / p.sum(1, keepdim=True).clamp(min=1e-9)
 
 
 class TempoClassifier(nn.Module):
@@ -620,17 +631,18 @@ def train(arm: str, model: nn.Module, views: nn.Module, loss_of, clips: list, st
 
 def describe(history: deque) -> str:
     """The last steps' loss and, for z, what it cannot show: reading off the stretch pays too."""
-    loss, z, rate, bpm = (torch.stack(column).double() for column in zip(*history))  # (20, 2B)
-    text = f"loss {loss.mean():.4f}"
-    if z.ndim == 2:
-        (z_i, z_j), (a_i, a_j) = z.abs().chunk(2, 1), rate.chunk(2, 1)  # (20, B)
-        one, r = torch.ones(a_i.numel()).to(z), (a_i / a_j).log()
-        constant = tempo_ratio_loss(one, one, a_i.flatten(), a_j.flatten())
-        slope = ((z_i / z_j).log() * r).sum() / r.square().sum()
-        text += f" (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g} slope {slope:.2f}"
-        correlation = torch.corrcoef(torch.stack([z.abs().log().flatten(), bpm.log().flatten()]))
-        text += f" r(ln z, ln bpm) {correlation[0, 1]:.2f}" if not bpm.isnan().any() else ""
-    return text
+    loss, z, rate, bpm = (torch.stack(column).cpu() for column in zip(*history))  # (20, 2B)
+    if z.ndim == 3:  # logits
+        return f"loss {loss.mean():.4f}"
+    (z_i, z_j), (a_i, a_j) = (pair.transpose(0, 1).flatten(1).chunk(2) for pair in (z, rate))
+    z_i, z_j, a_i, a_j = (pair.flatten() for pair in (z_i, z_j, a_i, a_j))  # (20 B,)
+    ratio, constant = (tempo_ratio_loss(a, b, a_i, a_j) for a, b in ((z_i, z_j), (a_i**0, a_i**0)))
+    r = (a_i / a_j).log()
+    slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
+    text = f"ratio loss {ratio:.4f} (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g} "
+    correlation = torch.corrcoef(torch.stack([z.abs().log().flatten(), bpm.log().flatten()]))
+    truth = "" if bpm.isnan().any() else f" r(ln z, ln bpm) {correlation[0, 1]:.2f}"
+    return text + f"slope {slope:.2f}" + truth
 
 
 # -----------------------------------------------------------------------------
@@ -674,22 +686,20 @@ def song_folds(clips: list, seed: int) -> np.ndarray:
     return np.array([fold_of[clip[3]] for clip in clips])
 
 
-def fit_head(encoder: nn.Module, embeddings: list[Tensor], bpm: np.ndarray, end_to_end=None):
-    """A TempoClassifier: its head fitted to frozen h (n, D) of clips with these BPM, or, given
-    end_to_end(classifier), trained by that together with the encoder."""
+def fit_head(embeddings: list[Tensor], bpm: np.ndarray, encoder=None, end_to_end=None) -> nn.Linear:
+    """The head of 300 classes for h (n, D) of clips with these BPM: fitted to the frozen h, or,
+    given an encoder and end_to_end(classifier), trained by that together with the encoder."""
     if end_to_end is None:
         repeated = np.repeat(bpm, [len(h) for h in embeddings])
-        targets = tempo_targets(torch.tensor(repeated).float())
-        return TempoClassifier(encoder, linear_probe(torch.cat(embeddings), targets))
+        return linear_probe(torch.cat(embeddings), tempo_targets(torch.tensor(repeated).float()))
     classifier = TempoClassifier(encoder, nn.Linear(embeddings[0].shape[1], CLASSES))
     end_to_end(classifier.to(next(encoder.parameters()).device))
-    return classifier
+    return classifier.head.cpu()
 
 
 @torch.no_grad()
-def head_tempo(classifier: TempoClassifier, embeddings: list[Tensor]) -> np.ndarray:
+def head_tempo(head: nn.Linear, embeddings: list[Tensor]) -> np.ndarray:
     """(clips,) BPM: the likeliest class, after the mean over a clip's windows."""
-    head = classifier.head.cpu()
     return np.array([head(h).softmax(1).mean(0)[1:].argmax().item() + 1 for h in embeddings])
 
 
@@ -704,7 +714,7 @@ def calibrate(model: nn.Module, embeddings: list[Tensor], sample_rate: int) -> f
         click = drum("blip", rng, sample_rate)
         for at in np.arange(0, len(waveform) - len(click), 60 / bpm * sample_rate).astype(int):
             waveform[at : at + len(click)] += 0.7 * click
-    h = model.eval().embed(model.views(torch.tensor(clicks, device=device).float()))
+    h = model.eval().embed(model.views(torch.tensor(clicks).float().to(device)))
     octaves = np.log2(tempi / model.read(h, 1.0)[0].cpu().numpy())
     middle = np.angle(np.exp(2j * np.pi * octaves).mean()) / (2 * np.pi)  # of fractions, a circle
     octave = middle + np.median((octaves - middle + 0.5) % 1 - 0.5)
@@ -758,20 +768,22 @@ def compare(name: str, seed: int, clips: list, build, train_arm, embed_files, st
     """All rows of an encoder and seed. The SSL encoder that is probed and kept is trained on all
     clips (same_clips) or, in the demo, on the songs outside fold 0; the row on left-out songs
     trains one more for each fold that it scores."""
-    arm, rows, folds = f"{name} seed {seed}", [], song_folds(clips, seed)
-    bpm, paths = np.array([clip[2] for clip in clips]), [clip[0] for clip in clips]
-    known, test = ~np.isnan(bpm), ~np.isnan(bpm) & (folds == 0)
+    arm, rows, paths = f"{name} seed {seed}", [], [clip[0] for clip in clips]
+    bpm, folds = np.array([clip[2] for clip in clips]), np.full(len(clips), -1)
+    known = ~np.isnan(bpm)
+    folds[known] = song_folds([clip for clip in clips if not math.isnan(clip[2])], seed)
+    test = folds == 0  # clips without a tempo are in no fold: they never leave the training set
     chosen = lambda items, mask: [item for item, take in zip(items, mask) if take]
 
     def add_row(row, estimates, mask):
         if mask.any():
             rows.append({"row": f"{name}, {row}", **accuracies(estimates[mask], bpm[mask])})
 
-    def add_head_row(row, encoder, embeddings):  # frozen encoder, 5 folds of songs
+    def add_head_row(row, embeddings):  # frozen encoder, 5 folds of songs
         estimates = np.zeros(len(clips))
         for fold in range(5 * known.any()):
             fit = known & (folds != fold)
-            head = fit_head(encoder, chosen(embeddings, fit), bpm[fit])
+            head = fit_head(chosen(embeddings, fit), bpm[fit])
             estimates[folds == fold] = head_tempo(head, chosen(embeddings, folds == fold))
         add_row(row, estimates, known)
 
@@ -782,30 +794,30 @@ def compare(name: str, seed: int, clips: list, build, train_arm, embed_files, st
 
     encoder = build(name, seed)
     embeddings = embed_files(encoder, paths)
-    add_head_row("random encoder + head", encoder, embeddings)
-    random_tempi, _ = label_free(encoder, embeddings, folds >= 0)
+    add_head_row("random encoder + head", embeddings)
+    random_tempi, _ = label_free(encoder, embeddings, folds < 5)
     if known.any():  # encoder and head together, fold 0 left out
         fit, estimates = chosen(clips, known & ~test), np.zeros(len(clips))
         end_to_end = lambda classifier: train_arm(f"{arm} supervised", classifier, encoder.views,
                                                   supervised_loss, fit)  # fmt: skip
-        head = fit_head(encoder, embeddings, bpm, end_to_end)
+        head = fit_head(embeddings, bpm, encoder, end_to_end)
         estimates[test] = head_tempo(head, embed_files(encoder, chosen(paths, test)))
         add_row("supervised, fold 0", estimates, test)
     left_out, scored = np.zeros(len(clips)), np.zeros(len(clips), bool)
-    for fold in [-1] * same_clips + list(range(left_out_folds * known.any())):  # -1 leaves none out
-        encoder, subset = build(name, seed), "all songs" if fold < 0 else f"without fold {fold}"
+    for fold in [5] * same_clips + list(range(left_out_folds * known.any())):  # 5 leaves none out
+        encoder, subset = build(name, seed), "all songs" if fold == 5 else f"without fold {fold}"
         train_arm(f"{arm} SSL {subset}", encoder, encoder.views,
                   partial(pretext_loss, tie=encoder.tie), chosen(clips, folds != fold))  # fmt: skip
         embeddings = embed_files(encoder, paths)
         tempi, calibration = label_free(encoder, embeddings, folds != fold)
-        left_out[folds == fold], scored = tempi[folds == fold], scored | (known & (folds == fold))
-        if fold == -same_clips:  # the one that is kept
+        left_out[folds == fold], scored = tempi[folds == fold], scored | (folds == fold)
+        if fold == 5 * same_clips:  # the one that is kept
             figure = {"bpm": bpm[test].tolist(), "random": random_tempi[test].tolist(),
                       "trained": tempi[test].tolist(), "all": tempi.tolist()}  # fmt: skip
             state["kept"].setdefault(name, {"arm": f"{arm} SSL {subset}", "figure": figure,
                                             "calibration": calibration})  # fmt: skip
-            add_head_row("SSL encoder + head", encoder, embeddings)
-        if fold < 0:
+            add_head_row(f"SSL encoder ({subset}) + head", embeddings)
+        if fold == 5:
             add_row("SSL label-free, same songs", tempi, known)
     add_row(f"SSL label-free, songs left out ({left_out_folds} of 5 folds)", left_out, scored)
     return rows
@@ -866,7 +878,7 @@ def draw(path: Path, figure: dict, responses: dict):
 
 def predict(files: list, data: Path | None, out: Path, device: torch.device, workers: int):
     """Prints the label-free tempo of files, or of all files of a folder and its accuracies."""
-    state = load_checkpoint(out / "checkpoint.pt")
+    state = load_checkpoint(out / "checkpoint.pt", VERSION)
     if not state["kept"]:
         die(f"{out}/checkpoint.pt: no encoder is trained yet; go on with --resume")
     name = "periodicity" if "periodicity" in state["kept"] else "tcn"
@@ -874,20 +886,19 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     model = make_encoder(name, device, **state["settings"])
     model.load_state_dict(state["arms"][kept["arm"]])
     print(f"model  {kept['arm']}, label-free")
-    clips, results = [(file, 0.0, math.nan, "") for file in files], []
-    clips = clips or load_clips(data, sample_rate, 1.0, workers)
+    if files:
+        usable, scored = scan_audio(files, sample_rate, 1.0, workers), []
+        clips = [(path, seconds, math.nan, "") for path, seconds in usable.items()]
+    else:
+        clips, scored = load_clips(data, sample_rate, 1.0, workers), []
+    if not clips:
+        die("none of these files can be used")
     for path, _, bpm, _ in clips:
-        reason = check_audio(path, sample_rate, 1.0)[1]
-        if reason:
-            print(f"skip   {reason}")
-            continue
         h = embed(model, [path], sample_rate, 0)[0]
         tempo, second, confidence = label_free_tempo(model, h, kept["calibration"])
         print(f"{path}: {tempo:.1f} BPM, or {second:.0f} BPM; confidence {confidence:.2f}")
-        results.append((tempo, bpm))
-    if not results:
-        die("none of these files can be used")
-    if scored := [result for result in results if not math.isnan(result[1])]:
+        scored += [(tempo, bpm)] * (not math.isnan(bpm))
+    if scored:
         print(f"result {accuracies(*zip(*scored))}")
 
 
@@ -898,23 +909,27 @@ def main(args: argparse.Namespace):
         return predict(args.predict, args.data, args.out, device, args.workers)
     checkpoint, given = args.out / "checkpoint.pt", vars(args)
     if args.resume:
-        state = load_checkpoint(checkpoint)
+        state = load_checkpoint(checkpoint, VERSION)
+        print(f"resume {checkpoint}, with the arguments that it was started with")
         args = argparse.Namespace(**{**state["args"], "out": args.out, "workers": args.workers})
     else:
         names = ("sample_rate", "n_fft", "tcn_bands", "tcn_frame_rate", "tcn_views")
         plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-        state = {"args": plain, "settings": {name: given[name] for name in names}, "arms": {},
-                 "running": {}, "rows": {}, "kept": {}}  # fmt: skip
+        settings = {name: given[name] for name in names}
+        state = {"made_by": VERSION, "args": plain, "settings": settings,
+                 "arms": {}, "running": {}, "rows": {}, "kept": {}}  # fmt: skip
     if args.batch_size % rank_and_size()[1]:
         die(f"--batch-size {args.batch_size} cannot be shared by {rank_and_size()[1]} processes")
     make_folder(args.out)
     folder = Path(args.data or args.out / "audio")
-    if not args.data:
+    if not args.data and rank_and_size()[0] == 0:
         make_folder(folder)
         write = partial(write_track, folder=folder, sample_rate=args.sample_rate)
         lines = list(in_background(write, range(GENERATED_CLIPS), args.workers))
         (folder / "tempo.csv").write_text("\n".join(["file,bpm", *lines]))
         print(f"data   synthetic: {len(lines)} clips of 16 s in {folder} (--data DIR: recordings)")
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 made the demo's audio
     min_seconds = args.view_seconds * args.max_stretch + 0.2
     clips = load_clips(folder, args.sample_rate, min_seconds, args.workers)
     known = [clip for clip in clips if not math.isnan(clip[2])]
@@ -972,6 +987,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on")
-    except ValueError as error:  # a file that has changed since the start
-        die(str(error).strip().splitlines()[-1])
+        raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")

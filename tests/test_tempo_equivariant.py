@@ -231,6 +231,9 @@ def test_accuracies_accept_their_edges_and_octaves():
     ("jams/blues.00000.wav.jams", json.dumps({"annotations": [{"namespace": "tempo", "data": [{"value": 88}]}]}), 88),
     ("jams/blues.00000.jams", json.dumps({"annotations": [{"namespace": "beat", "sandbox": {"annotation_type": "beat"},
                                           "data": [{"time": 0.5 * k} for k in range(9)]}]}), 120),
+    ("jams/blues.00000.jams", json.dumps({"annotations": [{"namespace": "beat", "sandbox": {"annotation_type": "beat"},
+                                          "data": [{"time": k} for k in range(9)]},
+                                         {"namespace": "tempo", "sandbox": None, "data": [{"value": 120}]}]}), 120),
     ("beats/gtzan_blues_00000.beats", "0.0\t1\n0.4\t2\n0.8\t3\n", 150), ("genres_tempos.mf", "/x/blues.00000.au\t77\n", 77),
     ("index.json", json.dumps([{"audio_filepath": "gtzan/blues/blues.00000.wav", "tempo": 125.0}]), 125),
     ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nmissing.wav,90,\n", 66),
@@ -246,7 +249,7 @@ def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, te
 def test_the_better_kind_of_annotation_wins_and_the_line_counts_what_did_not_fit(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("file,bpm\nx.wav,50\nmissing.wav,90\nx.wav,none\n")
     assert tempo.find_truth(tmp_path, [tmp_path / "x.wav"])[tmp_path / "x.wav"][0] == 50
-    assert "1 annotations fit no file, 1 hold no number" in capsys.readouterr().out
+    assert "a.csv: 1 of 1 files have a tempo; 1 annotations fit no file, 1 hold no number" in capsys.readouterr().out
     (tmp_path / "x.bpm").write_text("60")
     (tmp_path / "broken.jams").write_text("{")
     assert tempo.find_truth(tmp_path, [tmp_path / "x.wav"])[tmp_path / "x.wav"][0] == 60
@@ -286,7 +289,8 @@ def folder(tmp_path_factory):
     soundfile.write(folder / "silent.wav", np.zeros(16 * RATE), RATE)
     soundfile.write(folder / "nan.wav", np.full(16 * RATE, np.nan), RATE, subtype="FLOAT")
     tracks = [soundfile.read(folder / f"track{n:04d}.wav")[0] for n in range(3)]
-    soundfile.write(folder / "stereo.wav", np.repeat(tracks[0], 4)[:, None].repeat(2, 1)[: 16 * 88200], 88200)
+    fast = np.interp(np.arange(16 * 96000) / 96000, np.arange(16 * RATE) / RATE, tracks[0])
+    soundfile.write(folder / "stereo.wav", np.stack([fast, fast], 1), 96000)
     soundfile.write(folder / "eight.wav", tracks[1], RATE, subtype="PCM_U8")
     soundfile.write(folder / "song.mp3", tracks[2], RATE)
     return folder
@@ -327,7 +331,7 @@ def test_predict_without_files_scores_a_folder(finished, folder):
 
 @pytest.mark.parametrize("args", [
     ("--data", "nowhere"), ("--data", "{empty}"), ("--data", "{text}"), ("--steps", "0"), ("--encoders", "lstm"),
-    ("--max-stretch", "1"), ("--device", "tpu"), ("--predict",), ("--predict", "x.wav", "--out", "{empty}"), ("--step", "3"),
+    ("--lr", "inf"), ("--view-seconds", "0.1"), ("--device", "tpu"), ("--predict",), ("--predict", "x.wav", "--out", "{empty}"), ("--step", "3"),
     ("--data", "{music}", "--out", "{text}/results"), ("--resume", "--out", "{text}")])  # fmt: skip
 def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args):
     (tmp_path / "empty").mkdir()
@@ -358,7 +362,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(finished, folder
     assert process.wait() != 0
     running = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["running"]
     assert how == signal.SIGKILL or 0 < running["step"] < 6  # Ctrl-C saved the step that it fell into
-    assert run("--resume", "--out", tmp_path, "--workers", 0).returncode == 0  # the arguments come from the checkpoint
+    result = run("--resume", "--out", tmp_path, "--workers", 0)  # the arguments come from the checkpoint
+    assert result.returncode == 0
+    done = f"supervised {running['step'] + 1}/6" if how == signal.SIGINT else "SSL all songs 1/6"
+    assert done in result.stdout and "supervised 1/6" not in result.stdout  # it went on, not back
     for arm, weights in arms(finished[1]).items():
         assert all(torch.equal(weights[name], arms(tmp_path)[arm][name]) for name in weights), arm
 
@@ -369,17 +376,24 @@ def test_a_folder_without_truth_trains_says_what_to_fetch_and_predicts(folder, t
         (tmp_path / "music" / f"{number}.wav").symlink_to(folder / f"track{number:04d}.wav")
     result = run("--data", tmp_path / "music", "--out", tmp_path, *SMALL)
     assert result.returncode == 0 and result.stderr == ""
-    assert "gtzan_tempo_beat" in result.stdout and "median" in result.stdout
+    assert "gtzan_tempo_beat" in result.stdout and "p50" in result.stdout
     assert run("--out", tmp_path, "--predict", folder / "track0000.wav").returncode == 0
 
 
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "tempo_equivariant.py"),
-               "--data", folder, "--out", tmp_path, *SMALL]  # fmt: skip
+               "--data", folder, "--out", tmp_path, *SMALL, "--encoders", "tcn", "periodicity"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("autocorrelation of the onset strength") == 1 and (tmp_path / "results.json").exists()
+
+
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path):
+    torch.save({"arms": {}}, tmp_path / "checkpoint.pt")
+    for args in (("--resume",), ("--predict", "x.wav")):
+        result = run("--out", tmp_path, *args)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "not a checkpoint of" in result.stderr
 
 
 def test_importing_the_script_trains_nothing(tmp_path):
