@@ -320,6 +320,9 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
         row = {"row": same[0]["row"]}
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [k for k in same[0] if k != "row"]:
+            row[name] = same[0][name]
+            if isinstance(row[name], int):  # a count
+                continue
             row[name] = float(np.mean([r[name] for r in same]))
             if len(same) > 1:
                 row[f"{name}_sd"] = float(np.std([r[name] for r in same], ddof=1))
@@ -328,8 +331,8 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
     width = max(len(r["row"]) for r in rows) + 2
     print("result".ljust(width) + "".join(f"  {name:>15}" for name in names))
     for row in rows:
-        cells = [f"{row[k]:.3f}".removesuffix(".000") for k in names]
-        spreads = [f" ± {row[k + '_sd']:.3f}" if row.get(k + "_sd") else "" for k in names]
+        cells = [f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k]) for k in names]
+        spreads = [f" ± {row[k + '_sd']:.3f}" if k + "_sd" in row else "" for k in names]
         cells = "".join(f"  {cell + spread:>15}" for cell, spread in zip(cells, spreads))
         print(f"  {row['row']}".ljust(width) + cells)
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -7,7 +7,8 @@ ask that z_i/z_j = a_i/a_j. The unknown tempo cancels; no labels, no negatives, 
 a constant z has the wrong ratio. A head of 300 classes, or one constant from clicks, makes z BPM.
 
 Measured (demo: 400 generated clips, 3 seeds, 2 CPU cores; Accuracy 1 / 2 on songs left out):
-@MEASURED@
+periodicity label-free .867/.963; with a head its frozen h .910/.992, a random one .819/.930;
+autocorrelation without training .757/.910. The TCN's z follows the stretch in part, but its h is no better than a random one of the same initialisation (.402/.412 and .452/.503).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
@@ -16,7 +17,9 @@ Measured (demo: 400 generated clips, 3 seeds, 2 CPU cores; Accuracy 1 / 2 on son
 Differences from the paper (its body could not be had: "paper" is its released code)
 - Views are cropped out of more audio; the code pads, and the silent tail gives the rate away.
 - Stretch rates are log-uniform up to half an octave (0.8 to 1.2): a wide step shows more of z.
-@VIEWS@
+- The default TCN sees rectified flux of stretched, blurred log-mel frames. With PyTorch's
+  initialisation, log-mel of WSOLA audio (--tcn-views wsola) taught it nothing in 400 steps (slope
+  .09), and the flux of that audio onset density; not repeated with the initialisation below.
 - In these views a random run of bands falls silent (the paper's frequency mask, off in its released
   model): without it z became onset density, and the probe fell to chance.
 - Variance-keeping initialisation of the TCN: with PyTorch's, even labels taught it nothing in 250
@@ -728,14 +731,14 @@ def calibrate(model: nn.Module, embeddings: list[Tensor], sample_rate: int) -> f
 
 def pick_tempo(score: Tensor) -> tuple[float, float, float]:
     """(K,) scores on BPM_AXIS -> BPM, second candidate, share of the first: times the prior, arg
-    max, refined by a parabola through the logarithms; the second is at least 8 % away."""
+    max, refined by a parabola through the logarithms; the second is at least 23 % away."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = score.double() * prior + 1e-12
     p = p / p.sum()
     k = int(p[1:-1].argmax()) + 1
     low, mid, high = p[k - 1 : k + 2].log().tolist()
     shift = max(-0.5, min(0.5, 0.5 * (low - high) / min(low - 2 * mid + high, -1e-9)))
-    second = (p * (torch.log2(BPM_AXIS / BPM_AXIS[k]).abs() > 0.12)).argmax()
+    second = (p * (torch.log2(BPM_AXIS / BPM_AXIS[k]).abs() > 0.3)).argmax()
     share = p[k - 1 : k + 2].sum().item()
     return BPM_AXIS[k].item() * 2 ** (shift / 24), BPM_AXIS[second].item(), share
 
