@@ -8,7 +8,8 @@ a constant z has the wrong ratio. A head of 300 classes, or one constant from cl
 
 Measured (demo: 400 generated clips, 3 seeds, 2 CPU cores; Accuracy 1 / 2 on songs left out):
 periodicity label-free .867/.963; with a head its frozen h .910/.992, a random one .819/.930;
-autocorrelation without training .757/.910. The TCN's z follows the stretch in part, but its h is no better than a random one of the same initialisation (.402/.412 and .452/.503).
+autocorrelation without training .757/.910. The TCN's z follows the stretch in part, but its h is
+no better than a random one of the same initialisation (.402/.412 and .452/.503).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
