@@ -173,6 +173,7 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
                                   line_search_fn="strong_wolfe")  # fmt: skip
 
     def loss():
+        """The objective that L-BFGS evaluates, with its gradient."""
         optimiser.zero_grad()
         value = F.cross_entropy(layer(standardised), targets)
         value = value + weight_decay * layer.weight.square().sum()
@@ -278,10 +279,12 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
                                                        static_graph=True)  # fmt: skip
 
     def network(*inputs):
+        """The model's output in float32, computed in bf16 on CUDA."""
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return parallel(*inputs).float()
 
     def update(loss):
+        """One step of the optimiser at this step's learning rate."""
         warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then a cosine to zero
         rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
         for group in optimiser.param_groups:

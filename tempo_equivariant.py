@@ -784,10 +784,12 @@ def compare(name: str, seed: int, clips: list, build, train_arm, embed_files, st
     chosen = lambda items, mask: [item for item, take in zip(items, mask) if take]
 
     def add_row(row, estimates, mask):
+        """Scores the clips of a mask, if there are any."""
         if mask.any():
             rows.append({"row": f"{name}, {row}", **accuracies(estimates[mask], bpm[mask])})
 
-    def add_head_row(row, embeddings):  # frozen encoder, 5 folds of songs
+    def add_head_row(row, embeddings):
+        """The head on the frozen encoder, cross-validated over five folds of songs."""
         estimates = np.zeros(len(clips))
         for fold in range(5 * known.any()):
             fit = known & (folds != fold)
@@ -795,7 +797,8 @@ def compare(name: str, seed: int, clips: list, build, train_arm, embed_files, st
             estimates[folds == fold] = head_tempo(head, chosen(embeddings, folds == fold))
         add_row(row, estimates, known)
 
-    def label_free(encoder, embeddings, fit):  # the octave of the constant comes from `fit` clips
+    def label_free(encoder, embeddings, fit):
+        """Tempi of all clips and the constant, whose octave comes from the clips `fit`."""
         calibration = calibrate(encoder, chosen(embeddings, fit), sample_rate)
         tempi = np.array([label_free_tempo(encoder, h, calibration)[0] for h in embeddings])
         return tempi, calibration
