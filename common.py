@@ -57,6 +57,21 @@ def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     return Resample(ratio.numerator, ratio.denominator)
 
 
+def resample(waveform: Tensor, source_rate: int, sample_rate: int) -> Tensor:
+    """(S,) at source_rate -> at sample_rate, in pieces of about a minute: as a whole, a file of
+    20 minutes takes gigabytes. The pieces overlap, so that no edge is heard."""
+    transform = resampler(source_rate, sample_rate)
+    up, down = transform.new_freq, transform.orig_freq  # in lowest terms
+    piece = -(-60 * source_rate // down) * down  # samples, a multiple of `down`
+    margin = -(-transform.width // down) * down
+    pieces = []
+    for first in range(0, len(waveform), piece):
+        before = min(first, margin)
+        part = transform(waveform[first - before : first + piece + margin])
+        pieces.append(part[before // down * up :][: piece // down * up])
+    return torch.cat(pieces)
+
+
 def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) -> Tensor:
     """Reads a file, or `seconds` of it from `start` on, as a mono waveform.
 
@@ -84,7 +99,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     waveform = torch.from_numpy(samples.mean(1))  # (S, channels) -> (S,)
     if len(waveform) == 0 or not waveform.isfinite().all():
         raise ValueError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
-    return waveform if source_rate == sample_rate else resampler(source_rate, sample_rate)(waveform)
+    return waveform if source_rate == sample_rate else resample(waveform, source_rate, sample_rate)
 
 
 def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]:

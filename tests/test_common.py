@@ -21,7 +21,7 @@ def test_log_mel_equals_torchaudios_transforms():
     expected = torch.log(mel(waveform) + 1e-7)
     ours = common.LogMel(22050, 1024, 220, 40, f_min=30, f_max=11000)(waveform)
     assert ours.shape == (3, 40, 1 + 22050 // 220)
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)  # float32 sums of 513 terms, in logs
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)  # logs of 513-term sums
 
 
 def test_linear_spectrogram_equals_torchaudios_with_a_short_window():
@@ -41,16 +41,19 @@ def test_log_mel_of_a_sine_peaks_in_its_band_and_silence_is_the_floor():
 
 @pytest.mark.parametrize("suffix, subtype, rate, channels", [
     ("wav", "PCM_U8", 8000, 1), ("wav", "PCM_16", 96000, 2), ("flac", "PCM_24", 44100, 1),
-    ("ogg", "VORBIS", 44100, 2), ("aiff", "PCM_16", 22050, 1), ("mp3", "MPEG_LAYER_III", 44100, 2)])  # fmt: skip
-def test_read_audio_gives_the_same_sine_from_every_format(tmp_path, suffix, subtype, rate, channels):
+    ("ogg", "VORBIS", 44100, 2), ("aiff", "PCM_16", 22050, 1),
+    ("mp3", "MPEG_LAYER_III", 44100, 2)])  # fmt: skip
+def test_read_audio_gives_the_same_sine_from_any_format(tmp_path, suffix, subtype, rate, channels):
     t = np.arange(2 * rate) / rate
     sine = 0.5 * np.sin(2 * np.pi * 440 * t)
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, np.stack([sine] * channels, 1), rate, subtype=subtype)
     waveform = common.read_audio(path, 16000)
-    assert waveform.dtype == torch.float32 and abs(len(waveform) - 32000) < 3000  # mp3 pads its ends
+    assert waveform.dtype == torch.float32
+    assert abs(len(waveform) - 32000) < 3000  # mp3 pads its ends
     spectrum = torch.fft.rfft(waveform[8000:24000]).abs()  # bins of 1 Hz
-    assert spectrum.argmax() == 440 and abs(spectrum.max() / 8000 - 0.5) < 0.02  # 8-bit noise, mp3 loss
+    assert spectrum.argmax() == 440
+    assert abs(spectrum.max() / 8000 - 0.5) < 0.02  # 8-bit noise, mp3 loss
 
 
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])
@@ -67,6 +70,13 @@ def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_pa
     began = time.time()
     assert abs(len(common.read_audio(tmp_path / "a.wav", 16000)) - 16000) <= 5
     assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000)])
+def test_a_long_file_is_resampled_in_pieces_without_a_seam(source_rate, rate):
+    waveform = torch.randn(source_rate * 61 + 17)
+    whole = common.resampler(source_rate, rate)(waveform)
+    assert torch.equal(common.resample(waveform, source_rate, rate), whole)
 
 
 def test_unusable_files_raise_one_line_that_names_them(tmp_path):
@@ -102,7 +112,8 @@ def test_linear_probe_solves_softmax_regression_whatever_the_scale_of_the_featur
     probe = common.linear_probe(features, targets)
     assert (probe(features).argmax(1) == labels).float().mean() > 0.9
     scaled = common.linear_probe(features * 1000 + 7, targets)
-    torch.testing.assert_close(scaled(features * 1000 + 7), probe(features), atol=0.02, rtol=0.02)  # L-BFGS stops early
+    tolerance = {"atol": 0.02, "rtol": 0.02}  # L-BFGS stops early
+    torch.testing.assert_close(scaled(features * 1000 + 7), probe(features), **tolerance)
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
@@ -120,7 +131,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
 
 def test_random_keys_are_fixed_and_differ_by_every_name():
     assert common.random_key("arm", 3, 5) == 221683702
-    keys = {common.random_key(arm, step, item) for arm in "ab" for step in range(10) for item in range(10)}
+    names = [(arm, step, item) for arm in "ab" for step in range(10) for item in range(10)]
+    keys = {common.random_key(*name) for name in names}
     assert len(keys) == 200
 
 
