@@ -239,15 +239,6 @@ def random_key(*names) -> int:
     return zlib.crc32("/".join(map(str, names)).encode())
 
 
-def make_folder(path: Path):
-    """Makes the folder that a run writes to; dies if it cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        die(f"{path} cannot be written: {error.strerror}")
-
-
 def write_whole(path: Path, write):
     """write(temporary path), then a rename: a kill leaves the old file or the new, never half."""
     if rank_and_size()[0] == 0:
@@ -267,6 +258,33 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
         die(f"{path}: not a checkpoint ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("made_by") != made_by:
         die(f"{path}: not a checkpoint of {made_by}")
+    return state
+
+
+def make_folder(path: Path):
+    """Makes the folder that a run writes to; dies if it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        die(f"{path} cannot be written: {error.strerror}")
+
+
+def open_run(arguments: dict, made_by: str) -> dict:
+    """The state of a run, which its checkpoint holds: a new one with these arguments (`out`,
+    `resume`, `batch_size` and `workers` among them), or, to resume, the one in out/checkpoint.pt
+    with its own arguments but `out` and `workers`, which change no result."""
+    out = Path(arguments["out"])
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
+    state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {}}
+    if plain["resume"]:
+        state = load_checkpoint(out / "checkpoint.pt", made_by)
+        state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
+        print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
+    if state["args"]["batch_size"] % rank_and_size()[1]:
+        die(f"--batch-size {state['args']['batch_size']} cannot be shared by "
+            f"{rank_and_size()[1]} processes")  # fmt: skip
+    make_folder(out)
     return state
 
 

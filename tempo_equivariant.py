@@ -54,8 +54,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
-                    make_folder, random_key, rank_and_size, read_audio, report, scan_audio,
-                    start_run, training, write_whole)  # fmt: skip
+                    make_folder, open_run, random_key, rank_and_size, read_audio, report,
+                    scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
@@ -864,13 +864,14 @@ def draw(path: Path, figure: dict, responses: dict):
 # Main
 
 
-def make_encoder(name: str, device, sample_rate: int, n_fft: int, view_seconds: float,
-                 tcn_bands: int, tcn_frame_rate: int) -> nn.Module:  # fmt: skip
-    """The encoder of that name; periodicity always sees 40 bands at 50 frames per second."""
+def make_encoder(name: str, sample_rate: int, n_fft: int, view_seconds: float, tcn_bands: int,
+                 tcn_frame_rate: int, **_) -> nn.Module:  # fmt: skip
+    """The encoder of that name, out of a run's arguments, of which there are more (_); periodicity
+    always sees 40 bands at 50 frames per second."""
     if name == "periodicity":
-        return Periodicity(FluxViews(sample_rate, n_fft, view_seconds, 40, 50), 40).to(device)
+        return Periodicity(FluxViews(sample_rate, n_fft, view_seconds, 40, 50), 40)
     views = WsolaViews(sample_rate, n_fft, view_seconds, tcn_bands, tcn_frame_rate)
-    return TCN(views, tcn_bands).to(device)
+    return TCN(views, tcn_bands)
 
 
 def predict(files: list, data: Path | None, out: Path, device: torch.device, workers: int):
@@ -879,7 +880,7 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     if not state["kept"]:
         die(f"{out}/checkpoint.pt: no encoder is trained yet; go on with --resume")
     name = "periodicity" if "periodicity" in state["kept"] else "tcn"
-    kept, model = state["kept"][name], make_encoder(name, device, **state["settings"])
+    kept, model = state["kept"][name], make_encoder(name, **state["args"]).to(device)
     model.load_state_dict(state["arms"][kept["arm"]])
     print(f"model  {kept['arm']}, label-free")
     if files:
@@ -904,21 +905,10 @@ def main(args: argparse.Namespace):
     began, device = time.time(), start_run(args.device)
     if args.predict is not None:
         return predict(args.predict, args.data, args.out, device, args.workers)
-    checkpoint = args.out / "checkpoint.pt"
-    if args.resume:
-        state = load_checkpoint(checkpoint, VERSION)
-        print(f"resume {checkpoint}, with the arguments that it was started with")
-        args = argparse.Namespace(**{**state["args"], "out": args.out, "workers": args.workers})
-    else:
-        plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        names = ("sample_rate", "n_fft", "view_seconds", "tcn_bands", "tcn_frame_rate")
-        settings = {name: plain[name] for name in names}
-        state = {"made_by": VERSION, "args": plain, "settings": settings,
-                 "arms": {}, "running": {}, "kept": {}}  # fmt: skip
-    if args.batch_size % rank_and_size()[1]:
-        die(f"--batch-size {args.batch_size} cannot be shared by {rank_and_size()[1]} processes")
-    make_folder(args.out)
-    folder = Path(args.data or args.out / "audio")
+    state = open_run(vars(args), VERSION)
+    args = argparse.Namespace(**state["args"])  # on --resume those of its start
+    out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
+    folder = Path(args.data or out / "audio")
     if not args.data and rank_and_size()[0] == 0:
         make_demo(folder, args.sample_rate, args.workers)
     if dist.is_initialized():
@@ -932,7 +922,7 @@ def main(args: argparse.Namespace):
 
     def build(name, seed):  # random, supervised and SSL arms of a seed start from the same weights
         torch.manual_seed(random_key("weights", name, seed))
-        return make_encoder(name, device, **state["settings"])
+        return make_encoder(name, **state["args"]).to(device)
 
     train_arm = partial(train, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
                         max_stretch=args.max_stretch, workers=args.workers, state=state,
@@ -959,7 +949,7 @@ def main(args: argparse.Namespace):
                 rows.append({"row": f"{name}, label-free BPM of {len(clips)} clips", **heard})
             write_whole(checkpoint, partial(torch.save, state))
         table.append(rows)
-    report(table, args.out / "results.json", state["args"], round(time.time() - began, 1))
+    report(table, out / "results.json", state["args"], round(time.time() - began, 1))
     responses, sample = {}, [clip[0] for clip in clips[:: max(1, len(clips) // 32)][:32]]
     for name in args.encoders:
         trained = build(name, args.seed[0])
@@ -967,9 +957,9 @@ def main(args: argparse.Namespace):
         for kind, model in (("random", build(name, args.seed[0])), ("trained", trained)):
             responses[f"{name}, {kind}"] = stretch_response(model, sample)
     figure = figures[args.encoders[-1]]
-    write_whole(args.out / "tempo.png", partial(draw, figure=figure, responses=responses))
+    write_whole(out / "tempo.png", partial(draw, figure=figure, responses=responses))
     seconds = time.time() - began
-    print(f"wrote  {args.out}/results.json, checkpoint.pt and tempo.png in {seconds:.0f} s")
+    print(f"wrote  {out}/results.json, checkpoint.pt and tempo.png in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_tcn_step_is_faster_than_the_published_order_in_two_passes(capsys):
 
 def random_periodicity():
     torch.manual_seed(0)
-    return tempo.make_encoder("periodicity", "cpu", RATE, 1024, 4.0, 20, 25).eval()
+    return tempo.make_encoder("periodicity", RATE, 1024, 4.0, 20, 25).eval()
 
 
 def test_periodicity_hears_a_stretch_as_a_shift_of_its_logits():
