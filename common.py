@@ -1,6 +1,7 @@
 """What all three scripts need and no paper is about: audio in, log-mel front end, run plumbing.
 
-Copy this file beside the script that you read. `python common.py` measures the front end.
+Copy this file beside the script that you read. `python common.py` measures the front end
+and soft_rank.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import time
 import zlib
 from fractions import Fraction
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,163 @@ class LogMel(nn.Module):
         if self.mel is not None:
             magnitude = magnitude @ self.mel.fb  # (B, T, F)
         return magnitude.add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
+
+
+# -----------------------------------------------------------------------------
+# Differentiable ranks. Blondel et al. 2020 (arXiv:2002.08871), l2: the projection of
+# values / strength onto the permutahedron, by isotonic regression. Letters: R rows of n values.
+# Written once for NumPy arrays (CPU: a quarter of PyTorch's overhead, and its argsort is SIMD) and
+# for CUDA tensors: `xp` is the library, and the names used are those that both have.
+
+
+def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending") -> Tensor:
+    """Differentiable ranks 1..n along the last dimension, exact, in O(n log n).
+
+    With z = values / strength sorted and w = 1..n: rank = z - v, where v is the non-decreasing
+    sequence closest to z - w. Where sorted values lie further apart than the strength, ranks are
+    hard and the gradient is exactly zero, also of a wrong order; in between, blocks of neighbours
+    share theirs. Equal values share a rank as long as |values| < 1e15 strength (float64 inside).
+
+    Args:
+        values: (..., n), any real dtype, on any device.
+        regularization_strength: above 0, in the unit of the values; towards 0 ranks become hard,
+            towards infinity all become (n + 1) / 2.
+        direction: "ascending" gives the smallest value rank 1, "descending" the largest.
+    Returns:
+        (..., n) in the dtype of the values, float32 for half, bfloat16 and integers; a row adds up
+        to n (n + 1) / 2. Twice differentiable.
+    Raises:
+        ValueError: names the argument that is not as above.
+    """
+    if not isinstance(values, Tensor) or values.ndim == 0 or values.is_complex():
+        raise ValueError("soft_rank: values must be a real tensor of at least one dimension")
+    if not isinstance(regularization_strength, Real) or not 0 < regularization_strength < math.inf:
+        raise ValueError(f"soft_rank: {regularization_strength=} must be a number above 0")
+    if direction not in ("ascending", "descending"):
+        raise ValueError(f"soft_rank: {direction=} must be 'ascending' or 'descending'")
+    x = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    x = x if direction == "ascending" else -x
+    if x.numel() == 0:
+        return x.clone()
+    if x.device.type not in ("cpu", "cuda"):  # mps has no float64
+        return SoftRank.apply(x.cpu(), regularization_strength).to(x.device)
+    return SoftRank.apply(x, regularization_strength)
+
+
+def library(x: Tensor):
+    """The library to compute x with, x as its array, and its way back to a tensor."""
+    return (np, x.numpy(), torch.from_numpy) if x.is_cpu else (torch, x, torch.asarray)
+
+
+class SoftRank(torch.autograd.Function):
+    """Ranks of x (..., n), and the blocks that move as one for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, strength):
+        xp, x, tensor = library(x)
+        n = x.shape[-1]
+        rows = x.reshape(-1, n)  # (R, n)
+        order = rows.argsort(1)
+        order += xp.arange(0, len(rows) * n, n, device=x.device)[:, None]  # into flattened rows
+        w = xp.arange(1, n + 1, dtype=xp.float64, device=x.device)
+        y = rows.take(order) - strength * w  # (R, n), in float64: float32 values add up exactly
+        cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
+        short = n <= 32 and cost <= 1 << 20 if xp is np else cost <= 1 << 25
+        fit, block = minmax(y) if short else pool(y, xp)
+        y -= fit
+        y /= strength
+        y += w  # z - v, without the cancellation
+        ranks = xp.empty_like(rows)
+        ranks.ravel()[order] = xp.asarray(y, dtype=rows.dtype)
+        ctx.blocks = xp, strength, order.ravel(), block
+        return tensor(ranks.reshape(x.shape))
+
+    @staticmethod
+    def backward(ctx, grad):
+        xp, strength, order, sorted_block = ctx.blocks
+        block = xp.empty_like(sorted_block)
+        block[order] = sorted_block
+        return Centre.apply(grad, xp, strength, block, xp.bincount(block)), None
+
+
+class Centre(torch.autograd.Function):
+    """(grad - its mean over each block) / strength: soft_rank's Jacobian, which is symmetric."""
+
+    @staticmethod
+    def forward(ctx, grad, *blocks):
+        xp, strength, block, size = ctx.blocks = blocks
+        _, g, tensor = library(grad)
+        mean = xp.asarray(xp.bincount(block, g.ravel()) / size, dtype=g.dtype)
+        centred = g.ravel() - mean[block]
+        centred /= strength
+        return tensor(centred.reshape(g.shape))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Centre.apply(grad, *ctx.blocks), None, None, None, None
+
+
+def minmax(y):
+    """The fit of short rows, v[i] = max over j <= i of min over d of mean(y[j..j+d]), in O(n^2).
+
+    (At the first element of a block that minimum is v itself, further in it is no more.)
+    Args:
+        y: (R, n). Returns: v (R, n); (R n,) the number of the block of each element, from 0.
+    """
+    if isinstance(y, Tensor):
+        n = y.shape[1]
+        ahead = F.pad(y, (0, n - 1), value=math.inf).unfold(1, n, 1)  # (R, n, n)
+        low = (ahead.cumsum(2) / torch.arange(1, n + 1, device=y.device)).amin(2)
+        fit = low.cummax(1).values
+        new = F.pad(fit[:, 1:] > fit[:, :-1], (1, 0), value=True).ravel()  # the first of its block
+    else:
+        total = column = y.T.copy()  # (n, R): one call for all rows
+        low = column.copy()
+        for d in range(1, len(low)):
+            total = total[:-1] + column[d:]
+            np.minimum(low[:-d], total / (d + 1), out=low[:-d])
+        fit = torch.from_numpy(low.T.copy()).cummax(1).values.numpy()  # NumPy's is slow here
+        level, new = fit.ravel(), np.ones(fit.size, bool)
+        np.greater(level[1:], level[:-1], out=new[1:])
+        new[:: len(low)] = True
+    new[0] = False
+    return fit, new.cumsum(0)
+
+
+def pool(y, xp):
+    """The fit of long rows by pooling adjacent violators, each run of them in all rows at once."""
+    rows, n = y.shape
+    total = xp.full((rows, n + 1), math.nan, dtype=y.dtype, device=y.device)
+    total[:, 1:] = y  # nan parts the rows: it violates nothing
+    total = level = total.ravel()
+    size, groups = xp.ones_like(total), []
+    while True:
+        new = xp.zeros_like(level, dtype=bool)
+        new[1:] = ~(level[:-1] >= level[1:])
+        group = new.cumsum(0)  # which of the next blocks each block falls into
+        if group[-1] + 1 == len(group):
+            break
+        if len(groups) == 16:  # long chains are left, which lose a block a round
+            group = xp.asarray(stack(total, size), device=y.device)
+        total, size = xp.bincount(group, total), xp.bincount(group, size)
+        level = total / size
+        groups.append(group)
+    for earlier in reversed(groups):
+        group = group[earlier]
+    group = group.reshape(rows, n + 1)[:, 1:]
+    return level[group], (group - xp.arange(1, rows + 1, device=y.device)[:, None]).ravel()
+
+
+def stack(total, size) -> list[int]:
+    """The textbook algorithm, one block after the other: the group that each falls into."""
+    done = []
+    for a, b in zip(total.tolist(), size.tolist()):
+        blocks = 1
+        while done and done[-1][0] / done[-1][1] >= a / b:
+            c, d, k = done.pop()
+            a, b, blocks = a + c, b + d, blocks + k
+        done.append((a, b, blocks))
+    return [group for group, (_, _, blocks) in enumerate(done) for _ in range(blocks)]
 
 
 # -----------------------------------------------------------------------------
@@ -357,7 +516,7 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [k for k in same[0] if k != "row"]:
             row[name] = same[0][name]
-            if isinstance(row[name], int):  # a count
+            if not isinstance(row[name], float):  # a count, or - where there is none
                 continue
             row[name] = float(np.mean([r[name] for r in same]))
             if len(same) > 1:
@@ -376,17 +535,54 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
 
 
+def median_times(contestants: dict, make, rounds: int) -> dict:
+    """Median CPU seconds of each function, called in turn, each with inputs of its own: replaying
+    one input lets the branch predictor learn it."""
+    times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, function in contestants.items():
+            inputs = make()
+            began = time.thread_time()
+            function(*inputs)
+            times[name].append(time.thread_time() - began)
+    return {name: float(np.median(taken[rounds // 5 :])) for name, taken in times.items()}
+
+
+def benchmark():
+    """Prints what the front end and soft_rank cost on one thread, beside what others offer."""
+    torch.set_num_threads(1)
+    shape = dict(n_fft=1024, f_min=30, f_max=11000, n_mels=40)
+    ours = LogMel(22050, hop_length=220, **shape)
+    theirs = MelSpectrogram(22050, hop_length=220, power=1, **shape)
+    taken = median_times({"LogMel": ours, "torchaudio": lambda x: torch.log(theirs(x) + 1e-7)},
+                         lambda: (torch.randn(32, 220500),), 10)  # fmt: skip
+    print("front end, clips of 10 s per second: "
+          + ", ".join(f"{name} {32 / seconds:.0f}" for name, seconds in taken.items()))  # fmt: skip
+    backward = lambda rank: lambda x, grad, strength: rank(x, strength).backward(grad)
+    contestants = {"soft_rank": backward(soft_rank), "torch.sort": lambda x, *_: torch.sort(x)}
+    try:
+        import torchsort
+
+        contestants["torchsort"] = backward(lambda x, s: torchsort.soft_rank(x, "l2", s))
+    except ImportError:
+        print("torchsort is not installed here: soft_rank is measured without it")
+    print("soft_rank, forward + backward, and torch.sort alone: microseconds and ours / theirs")
+    ratios = []
+    for rows, n in ((64, 4), (64, 8), (64, 16), (128, 10), (64, 64), (1024, 4), (1024, 10),
+                    (512, 16), (512, 32), (4096, 8), (4096, 16), (4096, 64), (1, 10), (128, 100),
+                    (32, 1000), (8, 10000), (1, 100000)):  # fmt: skip
+        for strength in (1.0, 0.1, 0.001):
+            make = lambda: (torch.randn(rows, n, requires_grad=True), torch.randn(rows, n), strength)
+            taken = median_times(contestants, make, max(10, min(100, 2_000_000 // (rows * n))))
+            mine, others = taken.pop("soft_rank"), taken.items()
+            print(f"  {f'({rows}, {n})':12} strength {strength:<5}  {1e6 * mine:6.0f}" + "".join(
+                f"   {name} {1e6 * s:6.0f}, ratio {mine / s:5.2f}" for name, s in others))  # fmt: skip
+            if n <= 64 <= rows and "torchsort" in taken:
+                ratios.append(mine / taken["torchsort"])
+    if ratios:
+        print(f"soft_rank / torchsort over rows 64 to 4096, n 4 to 64: geometric mean "
+              f"{np.exp(np.log(ratios).mean()):.2f}, largest {max(ratios):.2f}")  # fmt: skip
+
+
 if __name__ == "__main__":
-    waveform = torch.randn(32, 10 * 22050)
-    ours = LogMel(22050, 1024, 220, n_mels=40, f_min=30, f_max=11000)
-    theirs = MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000, n_mels=40, power=1)
-    paces = []
-    for _ in range(11):  # interleaved, so that both see the same machine
-        began = time.perf_counter()
-        ours(waveform)
-        middle = time.perf_counter()
-        torch.log(theirs(waveform) + 1e-7)
-        paces.append((32 / (middle - began), 32 / (time.perf_counter() - middle)))
-    pace, other = np.median(paces[1:], 0)
-    print(f"front end, clips of 10 s per second: LogMel {pace:.0f}, torchaudio {other:.0f}, ratio "
-          f"{np.median(np.divide(*np.transpose(paces[1:]))):.2f}")  # fmt: skip
+    benchmark()

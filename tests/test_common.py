@@ -1,5 +1,7 @@
 """Properties of common.py. Run from the project's folder: python -m pytest tests"""
 
+import itertools
+import resource
 import sys
 import time
 from pathlib import Path
@@ -102,6 +104,142 @@ def test_scan_keeps_the_usable_files_and_names_the_others(tmp_path, capsys):
     assert common.scan_audio(paths, 8000, 1.0, workers=0) == {paths[0]: 2.0}
     out = capsys.readouterr().out
     assert "short.wav: 0.1 s" in out and "silent.wav: silent" in out and "1 of 3 files" in out
+
+
+# soft_rank
+
+
+def projection(values, strength):
+    """Soft ranks of a row by pool-adjacent-violators, one block after the other, in float64."""
+    order = np.argsort(values, kind="stable")
+    z, blocks = np.asarray(values, float)[order] / strength, []  # blocks of (sum, size)
+    for y in z - np.arange(1, len(z) + 1):
+        blocks.append((y, 1))
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [(a + b, n + m)]
+    ranks = np.empty(len(z))
+    ranks[order] = z - np.concatenate([np.full(n, a / n) for a, n in blocks])
+    return ranks
+
+
+ROWS = {"normal": lambda rng, n: rng.standard_normal(n), "sorted": lambda rng, n: np.arange(n) * 0.3,
+        "reversed": lambda rng, n: -np.arange(n) * 1.7, "constant": lambda rng, n: np.full(n, 2.5),
+        "ties": lambda rng, n: rng.integers(0, 3, n) * 1.0, "tails": lambda rng, n: rng.standard_cauchy(n)}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 33, 200])  # both algorithms, and their border
+def test_soft_rank_equals_pool_adjacent_violators(kind, n):
+    rows = np.stack([ROWS[kind](np.random.default_rng(k), n) for k in range(3)])
+    for strength in (100.0, 1.0, 0.1, 1e-3):
+        expected = np.stack([projection(row, strength) for row in rows])
+        for sign, direction in ((1, "ascending"), (-1, "descending")):
+            ours = common.soft_rank(torch.tensor(sign * rows), strength, direction)
+            rounding = 1e-10 * np.abs(rows).max() / strength + 1e-9
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=rounding)
+        np.testing.assert_allclose(ours.sum(1), n * (n + 1) / 2, rtol=1e-6)  # the sum of the ranks
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_soft_rank_is_the_nearest_point_of_the_permutahedron(n):
+    rng = np.random.default_rng(n)
+    corners = np.array(list(itertools.permutations(range(1, n + 1))), float)
+    for z in rng.standard_normal((20, n)) * 2:
+        r = common.soft_rank(torch.tensor(z)).numpy()
+        assert ((z - r) @ (corners - r).T).max() < 1e-9  # no corner lies further towards z: optimal
+        points = rng.dirichlet(np.full(len(corners), 0.3), 2000) @ corners  # in it, as r must be
+        assert np.linalg.norm(points - z, axis=1).min() >= np.linalg.norm(r - z) - 1e-9
+        ordered = np.sort(r)[::-1]
+        assert (np.cumsum(ordered) <= np.cumsum(np.arange(n, 0, -1)) + 1e-9).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (2, 2, 7), (1, 40)])
+@pytest.mark.parametrize("direction", ["ascending", "descending"])
+def test_soft_rank_has_exact_first_and_second_derivatives(shape, direction):
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    for strength in (0.1, 3.0):
+        square = lambda x: common.soft_rank(x, strength, direction).square()
+        assert torch.autograd.gradcheck(square, x)
+        assert torch.autograd.gradgradcheck(square, x)
+
+
+def test_soft_rank_of_well_separated_scores_is_the_hard_rank_without_gradient():
+    reverse = torch.arange(10.0).flip(0).requires_grad_()  # gaps of 1, every one in the wrong order
+    for strength, silent in ((0.99, True), (1.01, False)):
+        ranks = common.soft_rank(reverse, strength)
+        loss = 0.5 * (ranks - torch.arange(1.0, 11)).square().sum()
+        grad = torch.autograd.grad(loss, reverse)[0]
+        assert (grad == 0).all() == silent
+    torch.manual_seed(0)
+    x = torch.randn(5, 1000)
+    for strength in (1e-9, 1e-12):
+        assert torch.equal(common.soft_rank(x, strength), x.argsort(1).argsort(1) + 1.0)
+    assert common.soft_rank(torch.tensor([3.0, 1.0, 3.0, 2.0]), 1e-9).tolist() == [3.5, 1, 3.5, 2]
+
+
+def test_soft_rank_takes_any_shape_layout_and_dtype():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 6)
+    rows = torch.stack([common.soft_rank(row) for row in x.view(-1, 6)]).view(x.shape)
+    assert torch.equal(common.soft_rank(x), rows) and common.soft_rank(x[0, 0, 0]).shape == (6,)
+    turned, repeated = x.transpose(1, 3), lambda x: x[:, :1, :1].expand(2, 3, 5, 6)
+    assert torch.equal(common.soft_rank(turned), common.soft_rank(turned.contiguous()))
+    assert torch.equal(common.soft_rank(repeated(x)), repeated(rows))
+    for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.uint8):
+        values = (4 * x).abs().to(dtype)
+        assert torch.equal(common.soft_rank(values), common.soft_rank(values.float()))
+    for shape in ((0, 5), (3, 0), (2, 0, 4)):
+        empty = torch.zeros(shape, requires_grad=True)
+        common.soft_rank(empty).sum().backward()
+        assert empty.grad.shape == shape
+    huge = torch.tensor([[1e30, -1e30, 0.0, 2e30, 5.0], [1.0, 2.0, 3.0, 1e30, -1e30]])
+    assert common.soft_rank(huge, 0.5).tolist() == [[4, 1, 2, 5, 3], [2, 3, 4, 5, 1]]
+
+
+def test_a_row_of_nan_stays_alone():
+    x = torch.randn(3, 50)
+    x[1, 7] = float("nan")
+    assert torch.equal(common.soft_rank(x)[[0, 2]], common.soft_rank(x[[0, 2]]))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.1, 1e-2, 1e-3, 1e-4])
+def test_soft_rank_of_100_000_values_is_quick_and_small(strength):
+    x = torch.randn(1, 100_000, requires_grad=True)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    common.soft_rank(x, strength).sum().backward()
+    assert time.thread_time() - began < 1.0  # 10 to 30 ms on a quiet machine; O(n^2) takes minutes
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
+    assert grown < 200_000 and x.grad.isfinite().all()
+
+
+def test_the_cuda_branch_gives_the_same_ranks_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    for shape in ((1, 1), (7, 10), (3, 64), (2, 3000), (1, 6000)):
+        x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+        for strength in (1.0, 1e-3):
+            results = []
+            for library in (common.library, lambda x: (torch, x, torch.asarray)):
+                monkeypatch.setattr(common, "library", library)
+                ranks = common.soft_rank(x, strength)
+                results.append((ranks, torch.autograd.grad(ranks.square().sum(), x)[0]))
+                monkeypatch.undo()
+            for numpys, torchs in zip(*results):
+                torch.testing.assert_close(numpys, torchs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("arguments, name", [
+    (([1.0],), "values"), ((torch.tensor(1.0),), "values"),
+    ((torch.ones(2, dtype=torch.cfloat),), "values"),
+    ((torch.ones(2), 0), "regularization_strength"),
+    ((torch.ones(2), -1.0), "regularization_strength"),
+    ((torch.ones(2), float("nan")), "regularization_strength"),
+    ((torch.ones(2), "1"), "regularization_strength"),
+    ((torch.ones(2), 1.0, "up"), "direction")])  # fmt: skip
+def test_soft_rank_names_the_bad_argument(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        common.soft_rank(*arguments)
 
 
 def test_linear_probe_solves_softmax_regression_whatever_the_scale_of_the_features():
