@@ -572,11 +572,12 @@ def benchmark():
                     (512, 16), (512, 32), (4096, 8), (4096, 16), (4096, 64), (1, 10), (128, 100),
                     (32, 1000), (8, 10000), (1, 100000)):  # fmt: skip
         for strength in (1.0, 0.1, 0.001):
-            make = lambda: (torch.randn(rows, n, requires_grad=True), torch.randn(rows, n), strength)
+            noise = partial(torch.randn, rows, n)
+            make = lambda: (noise(requires_grad=True), noise(), strength)
             taken = median_times(contestants, make, max(10, min(100, 2_000_000 // (rows * n))))
             mine, others = taken.pop("soft_rank"), taken.items()
-            print(f"  {f'({rows}, {n})':12} strength {strength:<5}  {1e6 * mine:6.0f}" + "".join(
-                f"   {name} {1e6 * s:6.0f}, ratio {mine / s:5.2f}" for name, s in others))  # fmt: skip
+            print(f"  {f'({rows}, {n})':12} strength {strength:<5}  {1e6 * mine:6.0f}", *[
+                f"  {name} {1e6 * s:6.0f}, ratio {mine / s:5.2f}" for name, s in others])  # fmt: skip
             if n <= 64 <= rows and "torchsort" in taken:
                 ratios.append(mine / taken["torchsort"])
     if ratios:
