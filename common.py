@@ -508,8 +508,9 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
     write_whole(checkpoint, partial(torch.save, state))
 
 
-def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: float):
-    """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside."""
+def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[dict]:
+    """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside: the
+    rows that it returns."""
     rows = []
     for same in zip(*rows_of_seeds, strict=True):
         row = {"row": same[0]["row"]}
@@ -533,6 +534,7 @@ def report(rows_of_seeds: list[list[dict]], path: Path, args: dict, seconds: flo
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
+    return rows
 
 
 def median_times(contestants: dict, make, rounds: int) -> dict:

@@ -1,0 +1,668 @@
+"""Audio representations from shuffled spectrograms, after M. Carr, Q. Berthet, M. Blondel, O.
+Teboul and N. Zeghidour, "Self-supervised learning of audio representations from permutations with
+differentiable ranking", IEEE Signal Processing Letters 2021 (arXiv 2103.09879).
+
+Cut the log spectrogram of a note into n patches (10 frequency bands), shuffle them, and let a
+network score the slots so that sorting by score puts the patches in order. A context-free encoder
+sees one patch at a time, a joint head all of them. The loss compares soft ranks of the scores with
+the true ranks, or is the Fenchel-Young loss of perturbed ranks; baselines regress the ranks (mse)
+or name one of 100 fixed permutations (classification). The frozen encoder is then scored by a
+3-layer MLP that learns family, instrument and pitch from few labels.
+
+MEASURED
+
+    python permutation_ranking.py                        demo: makes its own notes
+    python permutation_ranking.py --data ./nsynth        NSynth; other audio pre-trains
+    python permutation_ranking.py --predict note.wav     family and pitch of a note
+
+Differences from the paper, which leaves sizes, schedule, epsilon, sigma and normalisation open
+- Patches are standardised: else loudness gives their order away, and the embedding loses pitch.
+- The embedding is the features of all patches in order; --setting paper has the paper's, the joint
+  layer behind them, which keeps little of the pitch.
+- Small encoder, frames averaged by four, views of 1 s, to end in minutes; --setting paper has the
+  AlexNet-like one, all frames and 4 s.
+- AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
+- fenchel_young takes its expectation over the noise in closed form (sampled).
+- The MLP keeps its best epoch on validation (not stated); its inputs are clipped at 3 sd.
+- Beside the MLP: linear probes, chroma, a split of seen instruments, statistics of the spectrum.
+
+Copy this file and common.py; nothing else is needed.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import deque, namedtuple
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
+                    make_folder, open_run, random_key, rank_and_size, read_audio, report,
+                    scan_audio, soft_rank, start_run, training, write_whole)  # fmt: skip
+
+# -----------------------------------------------------------------------------
+# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
+
+HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
+    "steps": (500, 600, 9000000, "optimiser steps of every trained arm (paper: 1000 epochs)"),
+    "batch_size": (32, 32, 32, "notes in a step"),
+    "lr": (1e-3, 1e-3, 1e-6, "peak learning rate of one cycle (paper: constant)"),
+    "label_counts": ((200, 800), (500, 1000, 3000, 5000, 10000), (500, 1000, 3000, 5000, 10000),
+                     "labelled notes, as far as the data go"),
+    "network": ("small", "small", "alexnet", "see NETWORKS"),
+    "view_seconds": (1.0, 1.0, 4.0, "part of a note that is shuffled; up to twice is embedded"),
+    "temperature": (1.0, 1.0, 1.0, "epsilon of soft_rank, sigma of fenchel_young (not published)"),
+    "fixed_permutations": (100, 100, 100, "classes of the classification arm"),
+    "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
+}  # fmt: skip
+FLAGS = ("steps", "batch_size", "lr", "label_counts")
+RATE = 16000
+FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
+PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
+VERSION = "permutation_ranking 1"  # of the checkpoint's contents
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line, completed from the column of HYPER_PARAMETERS that applies."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="NSynth or any audio (default: makes its own)")
+    add("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="the paper's arms")
+    add("--bands", type=int, nargs="+", default=[10], help="frequency bands (1: time slices only)")
+    add("--slices", type=int, nargs="+", default=[1], help="time slices, one for each of --bands")
+    add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
+    for name in FLAGS:
+        *columns, meaning = HYPER_PARAMETERS[name]
+        help = f"{meaning} (demo {columns[0]}, data {columns[1]}, paper {columns[2]})"
+        kind = {"nargs": "+", "type": int} if name == "label_counts" else {"type": type(columns[2])}
+        add("--" + name.replace("_", "-"), help=help, **kind)
+    add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
+    add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
+    add("--device", default="", help="cpu, cuda or mps (default: the best)")
+    add("--workers", type=int, default=2, help="processes that read audio; changes no result")
+    add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
+    add("--predict", nargs="+", metavar="FILE", help="print family and pitch of these notes")
+    args = parser.parse_args(argv)
+    args.setting = args.setting or ("data" if args.data else "demo")
+    for name, columns in HYPER_PARAMETERS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, columns[("demo", "data", "paper").index(args.setting)])
+    for name, low, high in (("steps", 1, 10**8), ("batch_size", 2, 10**5), ("lr", 1e-9, 10),
+                            ("label_counts", 20, 10**7), ("bands", 1, 60), ("slices", 1, 12),
+                            ("workers", 0, 64)):  # fmt: skip
+        if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
+        parser.error("--bands and --slices must be as many, and give 2 patches or more")
+    args.seed, args.losses = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.losses))
+    return args
+
+
+# -----------------------------------------------------------------------------
+# Data: the demo's own notes, in NSynth's layout. Letters: S samples, K partials.
+
+SOUNDS = {  # family: attack s, decay s, inharmonicity, vibrato, noise, roll-off, odd partials
+    "bass": (0.01, 1.5, 4e-4, 0.0, 0.02, 1.8, 0.0),
+    "brass": (0.05, 4.0, 0.0, 0.005, 0.03, 0.8, 0.0),
+    "flute": (0.08, 4.0, 0.0, 0.010, 0.10, 2.2, 0.0),
+    "guitar": (0.01, 1.2, 3e-4, 0.0, 0.03, 1.2, 0.4),
+    "keyboard": (0.01, 2.0, 1e-3, 0.0, 0.03, 1.5, 0.0),
+    "mallet": (0.005, 0.8, 2e-2, 0.0, 0.05, 1.5, 0.3),
+    "organ": (0.03, 4.0, 0.0, 0.0, 0.02, 1.2, 0.0),
+    "reed": (0.04, 4.0, 0.0, 0.004, 0.06, 1.0, 0.9),
+    "string": (0.10, 4.0, 0.0, 0.015, 0.05, 1.1, 0.0),
+    "vocal": (0.08, 4.0, 0.0, 0.025, 0.05, 1.0, 0.0),
+}
+NOTES = {"train": (20, 5), "valid": (4, 5), "test": (8, 4)}  # instruments per family, notes of each
+
+
+def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> np.ndarray:
+    """A note of 2 s, (S,) float32. Families overlap: an instrument strays from its family's sound,
+    and each note has a loudness, an equaliser (its room) and background noise of its own."""
+    own = np.random.default_rng(random_key("instrument", instrument))
+    attack, decay, inharmonicity, vibrato, noise = SOUNDS[family][:5] * own.lognormal(0, 0.4, 5)
+    roll_off, odd = SOUNDS[family][5] + own.normal(0, 0.15), SOUNDS[family][6]
+    formants, widths = np.exp(own.uniform(5.5, 8.5, 3)), own.uniform(0.15, 0.5, 3)
+    k = np.arange(1, 25)  # (K,)
+    frequency = 440 * 2 ** ((pitch - 69 + rng.normal(0, 0.05)) / 12) * k
+    frequency = frequency * np.sqrt(1 + inharmonicity * k**2)
+    k, frequency = k[frequency < 7600], frequency[frequency < 7600]
+    level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - odd)
+    level *= 0.5 + np.exp(-0.5 * (np.log2(frequency[:, None] / formants) / widths) ** 2).sum(1)
+    t = np.arange(2 * RATE) / RATE
+    wobble = vibrato * np.sin(2 * np.pi * rng.uniform(4.5, 6.5) * t + rng.uniform(0, 6)) / 35
+    cycles = frequency[:, None] * (t + wobble) + rng.random((len(k), 1))  # (K, S)
+    partials = np.sin(2 * np.pi * (cycles - np.floor(cycles)).astype(np.float32))
+    partials *= np.exp(np.outer(-(k**0.5) / decay, t).astype(np.float32))  # the higher die sooner
+    waveform = level @ partials + 0.3 * noise * level.sum() * rng.standard_normal(len(t))
+    waveform *= np.minimum(1, t / attack) * np.minimum(1, (2 - t) / 0.1)
+    octaves = np.log2(np.fft.rfftfreq(len(t), 1 / RATE) + 60)
+    room = np.interp(octaves, np.linspace(5.9, 13, 9), rng.normal(0, 8, 9))  # dB
+    waveform = np.fft.irfft(np.fft.rfft(waveform) * 10 ** (room / 20))
+    waveform *= 10 ** rng.uniform(-1.3, -0.1) / np.abs(waveform).max()
+    background = np.convolve(rng.standard_normal(len(t) + 7), rng.standard_normal(8), "valid") / 3
+    waveform = waveform + 10 ** rng.uniform(-3, -1.2) * background
+    return (10 ** rng.uniform(-1.5, 0) * waveform).astype(np.float32)
+
+
+def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
+    """Writes a generated note as a wav file, unless it is there: its record of examples.json."""
+    split, family, instrument, number = item
+    rng = np.random.default_rng(random_key(instrument, number))
+    lowest = random_key("compass", instrument) % 32 + 28  # of three octaves
+    pitch, velocity = int(lowest + rng.integers(36)), int(rng.choice([25, 50, 75, 100, 127]))
+    name = f"{family}_synthetic_{instrument:03d}-{pitch:03d}-{velocity:03d}-{number}"
+    path = folder / f"nsynth-{split}/audio/{name}.wav"
+    if not path.exists():
+        note = make_note(family, instrument, pitch, velocity, rng)
+        soundfile.write(path.with_suffix(".tmp"), note, RATE, format="WAV")
+        path.with_suffix(".tmp").rename(path)
+    return name, {"pitch": pitch, "velocity": velocity, "instrument": instrument,
+                  "instrument_family": FAMILIES.index(family)}  # fmt: skip
+
+
+def write_notes(folder: Path, workers: int):
+    """The demo's data set; no instrument is in two splits."""
+    first = 0
+    for split, (instruments, notes) in NOTES.items():
+        make_folder(folder / f"nsynth-{split}/audio")
+        todo = [(split, family, first + i * instruments + k, note) for i, family in
+                enumerate(SOUNDS) for k in range(instruments) for note in range(notes)]  # fmt: skip
+        first += instruments * len(SOUNDS)
+        records = dict(in_background(partial(write_note, folder=folder), todo, workers))
+        (folder / f"nsynth-{split}/examples.json").write_text(json.dumps(records))
+    print(f"data   synthetic notes in {folder} (--data DIR: NSynth, or any recordings)")
+
+
+# -----------------------------------------------------------------------------
+# Data: NSynth on disk, or any folder of audio. Letters: B notes, S samples, n patches of H x W.
+
+
+Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, -1, -1))  # -1: none
+
+
+def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
+    """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
+    valid, unseen (NSynth's test), seen (a sixth of train) and unlabelled (all other audio)."""
+    expected = "expected nsynth-train/examples.json and nsynth-train/audio/*.wav, or any audio"
+    if not folder.is_dir():
+        die(f"--data {folder}: no such folder; {expected}")
+    seconds = scan_audio(find_audio(folder), RATE, 0.25, workers)
+    if not seconds:
+        die(f"--data {folder}: no audio to use; {expected}")
+    notes, used = {"train": [], "valid": [], "test": []}, set()
+    for file in sorted(folder.rglob("examples.json")):
+        try:
+            labels = {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
+                      for name, r in json.loads(file.read_text()).items()}  # fmt: skip
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
+            continue
+        here = {path.stem: path for path in seconds if file.parent in path.parents}
+        found = sorted(name for name, (family, _, pitch) in labels.items()
+                       if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
+        split = next((split for split in notes if split in file.parent.name), "train")
+        notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
+        used |= {here[name] for name in found}
+        print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more have no audio")
+    if used and not all(notes.values()):  # part of the set
+        print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
+        everything, tenth = sum(notes.values(), []), lambda n: random_key(n.instrument) % 10
+        for split, tenths in (("train", range(7)), ("valid", (7,)), ("test", (8, 9))):
+            notes[split] = [note for note in everything if tenth(note) in tenths]
+    for split, part in notes.items():
+        absent = set(range(len(FAMILIES))) - {note.family for note in part}
+        absent = ", ".join(FAMILIES[i] for i in sorted(absent)) or "no family"
+        print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
+              f"instruments, without {absent}")  # fmt: skip
+    held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
+    notes["seen"] = [note for note in notes["train"] if held_out(note)][:2000]
+    notes["train"] = [note for note in notes["train"] if not held_out(note)]
+    notes["unseen"], notes["valid"] = notes.pop("test"), notes["valid"][:2000]
+    if not all(notes.values()):
+        print("truth  no scores: these take labelled notes of several instruments")
+        notes, used = dict.fromkeys(notes, []), set()
+    notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in used]
+    notes["valid"] = notes["valid"] or notes["unlabelled"][::10]
+    return notes
+
+
+def load_view(path: str, start: float, seconds: float) -> Tensor:
+    """(S,) samples of a note, with silence behind its end."""
+    waveform, samples = read_audio(path, RATE, start, seconds), round(seconds * RATE)
+    return F.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+
+
+def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, n: int,
+               fixed: Tensor):  # fmt: skip
+    """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it.
+
+    Returns: (B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any;
+    (B,) which of these; (B,) family; (B,) pitch.
+    """
+    columns = []
+    for item in items:
+        rng = np.random.default_rng(random_key(arm, step, item))
+        note = notes[rng.integers(len(notes))]
+        start = rng.uniform(0, max(0, min(1.0, note.seconds - seconds)))
+        choice = int(rng.integers(max(1, len(fixed))))
+        permutation = fixed[choice] if len(fixed) else torch.tensor(rng.permutation(n))
+        columns.append((load_view(note.path, start, seconds), permutation,
+                        *torch.tensor([choice, note.family, note.pitch])))  # fmt: skip
+    return [torch.stack(column) for column in zip(*columns)]
+
+
+def cut(spectrogram: Tensor, bands: int, slices: int) -> Tensor:
+    """(B, F, T) -> (B, n, H, W): n = bands * slices patches of H = F / bands bins, W = T / slices
+    frames, numbered row by row, low bands first; what is left of F and T is dropped."""
+    H, W = spectrogram.shape[1] // bands, spectrogram.shape[2] // slices
+    rows = spectrogram[:, : bands * H, : slices * W].unflatten(1, (bands, H))
+    return rows.unflatten(3, (slices, W)).transpose(2, 3).flatten(1, 2)
+
+
+def shuffle(patches: Tensor, permutation: Tensor) -> Tensor:
+    """(B, n, H, W), (B, n) -> same: slot i gets the patch of place permutation[i]."""
+    return patches[torch.arange(len(patches), device=patches.device)[:, None], permutation]
+
+
+def distant_permutations(count: int, n: int) -> Tensor:
+    """(L, n): each differs from all before it in as many places as any candidate does (Noroozi &
+    Favaro 2016); candidates are all permutations of 0..n-1, or 10 000 of them."""
+    rng = np.random.default_rng(n)
+    candidates = permutations(range(n)) if n < 8 else (rng.permutation(n) for _ in range(10**4))
+    candidates = torch.tensor(np.array(list(candidates)))
+    chosen, distance = [], torch.full((len(candidates),), n)
+    while len(chosen) < min(count, len(candidates)):
+        chosen.append(candidates[distance.argmax()])
+        distance = torch.minimum(distance, (candidates != chosen[-1]).sum(1))
+    return torch.stack(chosen) if chosen else candidates[:0]
+
+
+# -----------------------------------------------------------------------------
+# Model. Letters: B notes, n patches of H x W, E features of a patch, D embedding size.
+
+
+# Both: (B, H, W) -> (B, E). In "small" the bins are the channels of convolutions over time, so that
+# it keeps where a partial lies. "alexnet" has the widths of Noroozi & Favaro 2016; stride 2 and
+# padding, for the stock one leaves nothing of patches of 51 bins.
+NETWORKS = {  # name: (encoder, E, width of the joint layer, dropout, frames averaged, embedding)
+    "small": (lambda height: nn.Sequential(
+        nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
+        nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU()),
+        64, 512, 0.1, 4, "patches"),
+    "alexnet": (lambda height: nn.Sequential(
+        nn.Unflatten(1, (1, height)),
+        nn.Conv2d(1, 96, 11, 2, padding=5), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+        nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+        nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)),
+        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5)),
+        1024, 4096, 0.5, 1, "joint"),
+}  # fmt: skip
+
+
+class ContextFreeNetwork(nn.Module):
+    """One encoder for every patch by itself, then two layers for all patches together. Its outputs
+    are n scores, or the logits of `fixed` permutations, or as many as are asked for."""
+
+    def __init__(self, network: str, bands: int, slices: int, fixed=0, outputs=0):
+        super().__init__()
+        encoder, features, width, dropout, self.averaged, self.embedding = NETWORKS[network]
+        self.grid, n = (bands, slices), bands * slices
+        self.front_end = LogMel(RATE, 1024, 160, None, win_length=400, floor=1e-5)  # 25 and 10 ms
+        self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * features, width)
+        self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
+        self.output = nn.Sequential(nn.Dropout(dropout),
+                                    nn.Linear(width, outputs or len(self.fixed) or n))  # fmt: skip
+        nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
+
+    def patches(self, waveform: Tensor) -> Tensor:
+        """(B, S) -> (B, n, H, W), in order."""
+        return cut(F.avg_pool1d(self.front_end(waveform), self.averaged), *self.grid)
+
+    def embed(self, patches: Tensor, layer: str) -> Tensor:
+        """(B, n, H, W) -> (B, D): the features of the "patches", or the "joint" layer's."""
+        mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
+        patches = (patches - mean) / (sd + 0.3)  # order by loudness is no order
+        features = self.encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E)
+        return F.relu(self.joint(features)) if layer == "joint" else features
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, n, H, W) -> (B, outputs)."""
+        return self.output(self.embed(patches, "joint"))
+
+    def order(self, output: Tensor) -> Tensor:
+        """(B, outputs) -> (B, n): the places 0..n-1 that it gives to the slots."""
+        return self.fixed[output.argmax(1)] if len(self.fixed) else output.argsort(1).argsort(1)
+
+
+# -----------------------------------------------------------------------------
+# Loss. Letters: theta (B, n) scores; y (B, n) ranks 1..n, the places that the patches came from.
+
+
+def soft_rank_loss(theta: Tensor, y: Tensor, epsilon: float) -> Tensor:
+    """L = 0.5 || r_eps(theta) - y ||^2, soft ranks ascending; (B, n), (B, n) -> (), mean over B.
+
+    Without gradient where sorted scores lie further apart than epsilon, in whatever order.
+    """
+    return 0.5 * (soft_rank(theta, epsilon) - y).square().sum(1).mean()
+
+
+def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian") -> Tensor:
+    """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020): its gradient is
+    E[ranks(theta + sigma Z)] - y; (B, n), (B, n) -> (), mean over B.
+
+    A rank counts pairs, so the expectation has a closed form. With d = theta_i - theta_j:
+    Gaussian Z, s = sqrt(2) sigma:  L = sum over y_i > y_j of  d Phi(d/s) + s phi(d/s) - d
+    Gumbel Z:  L = sum over y_i > y_j of  sigma log(1 + exp(-d / sigma)), which is RankNet's loss
+    """
+    d, s = theta[:, :, None] - theta[:, None], math.sqrt(2) * sigma  # (B, n, n)
+    if noise == "gumbel":
+        pairs = sigma * F.softplus(-d / sigma)
+    else:
+        phi = torch.exp(-0.5 * (d / s) ** 2) / math.sqrt(2 * math.pi)
+        pairs = s * phi - d * torch.special.ndtr(-d / s)
+    return (pairs * (y[:, :, None] > y[:, None])).sum((1, 2)).mean()
+
+
+LOSSES = {  # arm: loss of (output, ranks, which of the fixed permutations, temperature)
+    "soft_rank": lambda theta, y, choice, epsilon: soft_rank_loss(theta, y, epsilon),
+    "fenchel_young": lambda theta, y, choice, sigma: fenchel_young_loss(theta, y, sigma),
+    "mse": lambda theta, y, choice, _: 0.5 * (theta - y).square().sum(1).mean(),
+    "classification": lambda logits, y, choice, _: F.cross_entropy(logits, choice),
+}
+
+
+def pitch_error(output: Tensor, pitch: Tensor) -> Tensor:
+    """Squared error of a pitch predicted in tens of semitones from middle C; (B,), (B,) -> ()."""
+    return (output - (pitch - 60) / 10).square().mean()
+
+
+# -----------------------------------------------------------------------------
+# Training: one loop for all arms; only the loss differs.
+
+
+def train(arm: str, model: nn.Module, loss_of, notes: list, args, state: dict, shuffled=True):
+    """Trains the model in place with loss_of(output, permutation, choice, family, pitch)."""
+    rank, size = rank_and_size()
+    items = range(rank * args.batch_size // size, (rank + 1) * args.batch_size // size)
+    load = partial(load_batch, items=items, arm=arm, notes=notes, seconds=args.view_seconds,
+                   n=math.prod(model.grid), fixed=model.fixed.cpu())  # fmt: skip
+    device, recent = next(model.parameters()).device, deque(maxlen=20)
+    for batch, network, update in training(
+            arm, model, args.lr, args.steps, args.batch_size, load, args.workers, state,
+            args.out / "checkpoint.pt",
+            lambda: f"loss {sum(recent) / len(recent):.4f}"):  # fmt: skip
+        waveform, permutation, *labels = (tensor.to(device) for tensor in batch)
+        patches = model.patches(waveform)  # (B, n, H, W)
+        output = network(shuffle(patches, permutation) if shuffled else patches)
+        loss = loss_of(output, permutation, *labels)
+        update(loss)
+        recent.append(loss.detach())
+
+
+# -----------------------------------------------------------------------------
+# Evaluation. Letters: N notes, D features; labels (N, 3) are family, instrument, pitch.
+
+
+def pretext_metrics(model: nn.Module, loss_of, notes: list, args) -> dict:
+    """How notes that the model was not trained on are ordered: the fraction of patches at exactly
+    their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
+    sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
+    device, n, parts = next(model.parameters()).device, math.prod(model.grid), []
+    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=args.view_seconds, n=n,
+                   fixed=model.fixed.cpu())  # fmt: skip
+    batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
+    for batch in in_background(load, batches, args.workers):
+        waveform, permutation, choice, *_ = (tensor.to(device) for tensor in batch)
+        output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
+        grad = torch.autograd.grad(loss_of(output.requires_grad_(), permutation, choice), output)[0]
+        heard = model.order(output)
+        tau = (sign(heard) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
+        exact = (heard == permutation).float().mean(1)
+        parts.append(torch.stack([exact, tau, (grad == 0).all(1).float()]))
+    return dict(zip(PRETEXT, torch.cat(parts, 1).mean(1).tolist()))
+
+
+@torch.no_grad()
+def embed(models: dict, notes: list, device, args) -> dict[str, Tensor]:
+    """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
+    deviation of the log spectrum over time; as "chance" a constant."""
+    load = partial(load_view, start=0.0, seconds=min(4.0, 2 * args.view_seconds))
+    waveforms = in_background(load, [note.path for note in notes], args.workers)
+    features = {name: [] for name in ("chance", "statistics", *models)}
+    while batch := [waveform for _, waveform in zip(range(32), waveforms)]:
+        waveform = torch.stack(batch).to(device)
+        for name, model in models.items():
+            part = model.eval().embed(model.patches(waveform), model.embedding)
+            features[name].append(part.float().cpu())
+        frames = model.front_end(waveform)  # (B, F, T), the same of all models
+        features["statistics"].append(torch.cat([frames.mean(2), frames.std(2)], 1).cpu())
+        features["chance"].append(torch.zeros(len(batch), 1))
+    return {name: torch.cat(parts) for name, parts in features.items()}
+
+
+def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
+    """The 3-layer MLP on standardised features: (N, D) -> (N, outputs). Clipped: where labels are
+    few, one outlier decides."""
+    return nn.Sequential(nn.BatchNorm1d(size, affine=False), nn.Hardtanh(-3, 3),
+                         nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2),
+                         nn.ReLU(), nn.Linear(hidden // 2, outputs)).eval()  # fmt: skip
+
+
+def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int, outputs: int,
+             error, epochs=30) -> tuple[nn.Module, float]:  # fmt: skip
+    """Trains a head on features (N, D) and labels (N,) by error(output, label); keeps the epoch
+    that is best on validation, whose error comes with it."""
+    head, best = make_head(x.shape[1], hidden, outputs), math.inf
+    head[0].running_mean, head[0].running_var = x.mean(0), x.var(0)
+    optimiser = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-2)
+    for _ in range(epochs):
+        for part in torch.randperm(len(x)).split(64):
+            optimiser.zero_grad()
+            error(head(x[part]), y[part]).backward()
+            optimiser.step()
+        loss = error(head(valid_x), valid_y).item()
+        if loss < best:
+            best, kept = loss, {name: t.clone() for name, t in head.state_dict().items()}
+    head.load_state_dict(kept)
+    return head.requires_grad_(False), best
+
+
+def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
+    """Heads and linear probes from `count` notes of "train": the metrics of "unseen" and "seen",
+    the heads of family and pitch, and their error on "valid". x: {split: (N, D)}."""
+    few, y = x["train"][:count], labels["train"][:count]
+    fit = lambda column, outputs, error, valid="valid": fit_head(
+        few, y[:, column], x[valid], labels[valid][:, column], hidden, outputs, error)  # fmt: skip
+    family, family_loss = fit(0, len(FAMILIES), F.cross_entropy)
+    pitch, pitch_loss = fit(2, 1, lambda output, pitch: pitch_error(output[:, 0], pitch))
+    instrument, _ = fit(1, instruments, F.cross_entropy, "train")  # "valid" has other instruments
+    linear = [linear_probe(few, F.one_hot(y[:, column], classes).float(), iterations=40)
+              for column, classes in ((0, len(FAMILIES)), (2, 128))]  # fmt: skip
+    right = lambda guess, truth: (guess == truth).float().mean().item()
+    metrics = {}
+    for split in ("unseen", "seen"):
+        z, (families, players, pitches) = x[split], labels[split].T
+        heard, known = linear[1](z).argmax(1), split == "seen"
+        metrics[split] = {
+            "family_accuracy": right(family(z).argmax(1), families),
+            "family_linear": right(linear[0](z).argmax(1), families),
+            "instrument_accuracy": right(instrument(z).argmax(1), players) if known else "-",
+            "pitch_mse": 100 * pitch_error(pitch(z)[:, 0], pitches).item(),
+            "pitch_accuracy": right(heard, pitches),
+            "chroma_accuracy": right(heard % 12, pitches % 12)}  # fmt: skip
+    return metrics, (family, pitch), family_loss + pitch_loss
+
+
+def compare(seed: int, notes: dict, device, args, state: dict) -> list[dict]:
+    """Trains all arms of a seed and scores them beside the baselines: the rows of the table."""
+    order = np.random.default_rng(seed).permutation(len(notes["train"]))
+    labelled = [notes["train"][i] for i in order[: max(args.label_counts)]]
+    counts = sorted({min(count, len(labelled)) for count in args.label_counts} - {0})
+    everything, models, sizes, pretext = notes["train"] + notes["unlabelled"], {}, {}, {}
+    supervised = lambda output, _, __, family, pitch: (
+        pitch_error(output[:, 0], pitch) + F.cross_entropy(output[:, 1:], family))  # fmt: skip
+
+    def build(name, *size):
+        """A network; all of a seed start from the same weights."""
+        torch.manual_seed(random_key("weights", seed))
+        models[name], sizes[name] = ContextFreeNetwork(*size).to(device), size
+        weights = sum(p.numel() for p in models[name].parameters())
+        print(f"model  {name}: {weights} parameters on {device}, seed {seed}")
+        return models[name]
+
+    for bands, slices in zip(args.bands, args.slices):
+        grid, size = f" {bands}x{slices}" * (len(args.bands) > 1), (args.network, bands, slices)
+        build("random encoder" + grid, *size)
+        for count in counts:
+            name = f"supervised{grid}, {count} labels"
+            train(f"{name}, seed {seed}", build(name, *size, 0, 1 + len(FAMILIES)), supervised,
+                  labelled[:count], args, state, shuffled=False)  # fmt: skip
+        for loss in args.losses:
+            name = loss + grid
+            model = build(name, *size, args.fixed_permutations * (loss == "classification"))
+            loss_of = lambda output, permutation, choice, *_: LOSSES[loss](
+                output, permutation + 1.0, choice, args.temperature)  # fmt: skip
+            train(f"{name}, seed {seed}", model, loss_of, everything, args, state)
+            pretext[name] = pretext_metrics(model, loss_of, notes["valid"], args)
+    if not counts:
+        return [{"row": name, **metrics} for name, metrics in pretext.items()]
+    players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
+    x, labels, rows, best = {}, {}, [], math.inf
+    for split in ("train", "valid", "unseen", "seen"):
+        part = labelled if split == "train" else notes[split]
+        x[split] = embed(models, part, device, args)
+        labels[split] = torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
+                                      for note in part])  # fmt: skip
+    for count in counts:
+        for name in x["train"]:
+            row = name if name.endswith(" labels") else f"{name}, {count} labels"
+            if not row.endswith(f", {count} labels"):  # supervised by another count
+                continue
+            torch.manual_seed(random_key("heads", seed))
+            mine = {split: features[name] for split, features in x.items()}
+            metrics, heads, error = score(mine, labels, count, args.hidden, len(players))
+            rows += [{"row": f"{row}, {split}", **values,
+                      **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
+                     for split, values in metrics.items()]  # fmt: skip
+            if name in pretext and error < best and seed == args.seed[0]:
+                best = error
+                state["kept"] = {"arm": f"{name}, seed {seed}", "size": sizes[name],
+                                 "head": (mine["train"].shape[1], args.hidden),
+                                 "heads": [head.state_dict() for head in heads]}  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor):
+    """The PNG: notes (B, S) as they are, shuffled, put back by the model; scores against labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picture = plt.figure(figsize=(13, 6), layout="constrained")
+    left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
+    left.suptitle(f"{title}: notes as they are, shuffled, put back")
+    patches = model.patches(waveform)  # (B, n, H, W)
+    permutation = model.fixed if len(model.fixed) else distant_permutations(20, patches.shape[1])
+    shuffled = shuffle(patches, permutation[1 : 1 + len(patches)].to(patches.device))
+    restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))
+    for axes, *views in zip(left.subplots(len(waveform), 3), patches, shuffled, restored):
+        for axis, view in zip(axes, views):
+            image = view.unflatten(0, model.grid).transpose(1, 2).flatten(2).flatten(0, 1)
+            axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")
+            axis.set_axis_off()
+    table = {tuple(row["row"].split(", ")): row for row in rows}
+    for axis, key in zip(right.subplots(2, 1), ("family_accuracy", "pitch_mse")):
+        for name in dict.fromkeys(name for name, *_ in table):
+            points = [(int(count.split()[0]), row[key]) for (other, count, split), row
+                      in table.items() if other == name and split == "unseen"]  # fmt: skip
+            axis.plot(*zip(*points), "o-" if name.split()[0] in LOSSES else "x:", label=name)
+        axis.set(xlabel="labelled notes", ylabel=f"{key}, unseen instruments", xscale="log")
+    axis.legend(fontsize=8)
+    picture.savefig(path, dpi=100, format="png")
+    plt.close(picture)
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def load_kept(state: dict, device) -> nn.Module:
+    """The network of those in a checkpoint that was best on validation."""
+    model = ContextFreeNetwork(*state["kept"]["size"]).to(device).eval()
+    model.load_state_dict(state["arms"][state["kept"]["arm"]])
+    return model
+
+
+@torch.no_grad()
+def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
+    """Prints family and pitch of files."""
+    state = load_checkpoint(checkpoint, VERSION)
+    if not state["kept"]:
+        die(f"{checkpoint}: nothing is scored yet; go on with --resume, or train on labels")
+    print(f"model  {state['kept']['arm']}, the best on validation")
+    notes = [Note(path, s) for path, s in scan_audio(files, RATE, 0.25, workers).items()]
+    if not notes:
+        die("none of these files can be used")
+    args = argparse.Namespace(**{**state["args"], "workers": workers})
+    x, answers = embed({"kept": load_kept(state, device)}, notes, device, args)["kept"], []
+    for outputs, weights in zip((len(FAMILIES), 1), state["kept"]["heads"]):
+        head = make_head(*state["kept"]["head"], outputs)
+        head.load_state_dict(weights)
+        answers.append(head(x))
+    for note, p, tens in zip(notes, answers[0].softmax(1), answers[1][:, 0].tolist()):
+        midi = 60 + 10 * tens
+        name = "C C# D D# E F F# G G# A A# B".split()[round(midi) % 12]
+        print(f"{note.path}: {FAMILIES[p.argmax()]} ({p.max():.2f}), "
+              f"{name}{round(midi) // 12 - 1} (MIDI {midi:.1f})")  # fmt: skip
+
+
+def main(args: argparse.Namespace):
+    """Trains and compares every arm, or answers --predict."""
+    began, device = time.time(), start_run(args.device)
+    if args.predict:
+        return predict(args.predict, args.out / "checkpoint.pt", device, args.workers)
+    state = open_run(vars(args), VERSION)
+    args = argparse.Namespace(**state["args"])  # on --resume those of its start
+    args.out, rows = Path(args.out), state.setdefault("rows", {})
+    folder = Path(args.data or args.out / "audio")
+    if not args.data and rank_and_size()[0] == 0:
+        write_notes(folder, args.workers)
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 made the demo's notes
+    notes = load_notes(folder, args.workers)
+    for seed in map(str, args.seed):
+        if seed not in rows:
+            rows[seed] = compare(int(seed), notes, device, args, state)
+            write_whole(args.out / "checkpoint.pt", partial(torch.save, state))
+    table = [rows[str(seed)] for seed in args.seed]
+    means = report(table, args.out / "results.json", state["args"], round(time.time() - began, 1))
+    if state["kept"] and rank_and_size()[0] == 0:
+        shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
+        views = torch.stack([load_view(note.path, 0.0, args.view_seconds) for note in shown])
+        write_whole(args.out / "permutation.png", partial(
+            draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
+            waveform=views.to(device)))  # fmt: skip
+    seconds = time.time() - began
+    print(f"wrote  {args.out}/results.json, checkpoint.pt and permutation.png in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")

@@ -1,0 +1,406 @@
+"""Properties of contrastive_generative.py. Run from the project's folder: python -m pytest tests"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import contrastive_generative as script
+
+SMALL = ("--steps", 4, "--batch-size", 8, "--sequences", 4, "--codes", 16, "--folds", 1)
+
+
+def run(*args, start=(sys.executable,), **kwargs):
+    """The command as a user types it, from another folder."""
+    command = [*start, ROOT / "contrastive_generative.py", *args]
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=250, **kwargs
+    )
+
+
+# Loss
+
+
+def test_nt_xent_equals_the_double_sum_of_eq_1():
+    z1, z2 = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    z, total = [*z1, *z2], 0.0
+    s = [[F.cosine_similarity(a, b, dim=0).item() / 0.2 for b in z] for a in z]
+    for i in range(10):
+        total -= math.log(
+            math.exp(s[i][(i + 5) % 10]) / sum(math.exp(s[i][k]) for k in range(10) if k != i)
+        )
+    assert script.nt_xent(z1, z2, 0.2).item() == pytest.approx(total / 10, rel=1e-5)
+
+
+def test_nt_xent_of_equal_and_of_perfect_embeddings():
+    assert script.nt_xent(*torch.ones(2, 256, 8), 0.2).item() == pytest.approx(
+        math.log(511), rel=1e-5
+    )
+    perfect = math.log(1 + 14 * math.exp(-1 / 0.2))  # pairs equal, all else orthogonal, N = 8
+    assert script.nt_xent(torch.eye(8), 3 * torch.eye(8), 0.2).item() == pytest.approx(
+        perfect, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((1, 3), (1, 3)), ((4,), (4,))])
+def test_nt_xent_refuses_what_it_cannot_pair(shapes):
+    with pytest.raises(ValueError):
+        script.nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), 0.2)
+
+
+def test_two_ranks_have_the_loss_and_the_gradient_of_one_with_all_clips(tmp_path):
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 8, 6), torch.nn.Linear(6, 4)
+    loss = script.nt_xent(*layer(x.flatten(0, 1)).chunk(2), 0.2)
+    loss.backward()
+    torch.save((x, layer.state_dict()), tmp_path / "in.pt")
+    (tmp_path / "rank.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, contrastive_generative as script, torch.distributed as dist
+dist.init_process_group("gloo")
+x, weights = torch.load("in.pt")
+layer = torch.nn.Linear(6, 4); layer.load_state_dict(weights)
+part = x[:, 4 * dist.get_rank() :][:, :4].flatten(0, 1)
+parallel = torch.nn.parallel.DistributedDataParallel(layer)
+loss = script.nt_xent(*parallel(part).chunk(2), 0.2)
+loss.backward()
+torch.save((loss.detach(), layer.weight.grad), f"out{{dist.get_rank()}}.pt")
+dist.destroy_process_group()
+""")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "rank.py",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for rank in (0, 1):
+        theirs, gradient = torch.load(tmp_path / f"out{rank}.pt")
+        torch.testing.assert_close(theirs, loss.detach())
+        torch.testing.assert_close(gradient, layer.weight.grad)
+
+
+# Model, views, scores
+
+
+def test_k_means_finds_separate_clusters_and_moves_an_unused_entry_to_a_vector():
+    torch.manual_seed(0)
+    centres = 20 * torch.randn(12, 5)
+    vectors = centres.repeat(50, 1) + torch.randn(600, 5)
+    found = script.k_means(vectors, 12, restarts=3)
+    assert (torch.cdist(centres, found).min(1).values < 1).all()  # noise of a mean of 50: 0.3
+    few = 10 + torch.randn(3, 2)
+    assert (
+        torch.cdist(script.k_means(few.repeat(40, 1), 8, restarts=1), few).min(1).values.max()
+        < 1e-3
+    )  # no stray entry
+
+
+def test_more_restarts_never_have_more_inertia():
+    vectors, inertia = torch.randn(400, 3, generator=torch.Generator().manual_seed(1)), []
+    for restarts in (1, 5):
+        torch.manual_seed(0)
+        inertia.append(
+            torch.cdist(vectors, script.k_means(vectors, 20, restarts)).min(1).values.square().sum()
+        )
+    assert inertia[1] <= inertia[0]
+
+
+def test_the_transformer_does_not_see_the_code_that_it_predicts_nor_later_ones():
+    model = script.CodeModel(16, 10, 2, 32, 4).eval()
+    codes = torch.randint(16, (1, 10), generator=torch.Generator().manual_seed(0))
+    other = codes.clone()
+    other[0, 5:] = (codes[0, 5:] + 1) % 16
+    assert torch.equal(model(codes)[:, :6], model(other)[:, :6])
+    assert not torch.allclose(model(codes)[:, 6], model(other)[:, 6])
+
+
+def test_a_view_without_families_is_a_crop_and_each_family_alters_it():
+    settings = vars(script.parse_args([])) | {"classes": []}
+    front, clip = script.build_models(0, settings, "cpu")["front"], torch.randn(
+        3, 2 * script.SAMPLE_RATE
+    )
+    whole = script.to_log_mel(front, clip)
+    torch.testing.assert_close(
+        script.make_views(clip, front, whole.shape[2], []), whole, atol=1e-3, rtol=0
+    )
+    for family in ("sound", "image", "flip"):
+        views = script.make_views(clip.repeat(20, 1), front, 50, [family])
+        assert views.shape == (60, 64, 50) and views.isfinite().all()
+    silence = script.make_views(torch.zeros(2, 40000), front, 50, ["sound", "image", "flip"])
+    assert silence.isfinite().all()
+
+
+def test_map_equals_its_definition():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(30, 4), (torch.rand(30, 4) < 0.4).float()
+    targets[:, 0] = 1  # no clip without a class
+    p, slow = logits.softmax(1), []
+    for c in range(4):
+        ranked = targets[p[:, c].argsort(descending=True), c]
+        slow.append(np.mean([ranked[: k + 1].mean().item() for k in range(30) if ranked[k]]))
+    assert script.score(logits, targets)["mAP"] == pytest.approx(np.mean(slow), rel=1e-5)
+
+
+def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
+    cycle = torch.arange(4).repeat(10, 25)
+    found = script.count_codes(cycle, cycle, 4)
+    assert found["unigram"] == pytest.approx(math.log(4), rel=1e-3) and found["bigram"] < 0.05
+    noise = torch.randint(4, (10, 1000), generator=torch.Generator().manual_seed(0))
+    assert script.count_codes(noise, noise, 4)["bigram"] == pytest.approx(
+        math.log(4), rel=0.01
+    )  # nothing to know
+    assert found["codes_used"] == 4 and found["perplexity"] == pytest.approx(4, rel=1e-3)
+
+
+# Layouts
+
+
+def names_of(folder, monkeypatch, subset=None):
+    """What load_clips makes of empty files: {stem: (class names, part)}."""
+    monkeypatch.setattr(
+        script, "scan_audio", lambda paths, *_: {p: 1.0 for p in paths if p.exists()}
+    )
+    return {
+        Path(path).stem: (names, part)
+        for path, _, names, part in script.load_clips(folder, subset, 0)
+    }
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def test_fsd50k_keeps_its_split_and_several_classes_of_a_clip(tmp_path, monkeypatch):
+    for k in range(12):
+        touch(tmp_path / f"FSD50K.{'dev' if k < 8 else 'eval'}_audio" / f"{k}.wav")
+    rows = [f'{k},"Bark,Dog",m,{"train" if k < 6 else "val"}' for k in range(8)]
+    touch(tmp_path / "FSD50K.ground_truth" / "dev.csv")
+    (tmp_path / "FSD50K.ground_truth" / "dev.csv").write_text(
+        "\n".join(["fname,labels,mids,split", *rows])
+    )
+    rows = [f"{k},Rain,m" for k in range(8, 12)]
+    (tmp_path / "FSD50K.ground_truth" / "eval.csv").write_text(
+        "\n".join(["fname,labels,mids", *rows])
+    )
+    found = names_of(tmp_path, monkeypatch)
+    assert (
+        found["0"] == (["Bark", "Dog"], "train")
+        and found["7"][1] == "valid"
+        and found["9"] == (["Rain"], "test")
+    )
+
+
+def test_gtzan_has_the_published_counts_of_the_fault_filtered_split(tmp_path, monkeypatch):
+    for genre in script.gtzan.gtzan_genres:
+        for k in range(100):
+            touch(tmp_path / "genres" / genre / f"{genre}.{k:05d}.au")
+    parts = [part for _, part in names_of(tmp_path, monkeypatch).values()]
+    assert [parts.count(name) for name in ("train", "valid", "test")] == [443, 197, 290] and len(
+        parts
+    ) == 930
+
+
+# The command
+
+
+def sound(kind, seconds, seed):
+    rng, t = np.random.default_rng(seed), np.arange(int(seconds * 22050)) / 22050
+    tone = np.sin(2 * np.pi * rng.uniform(300, 900) * t)
+    return (
+        0.2
+        * {"noise": rng.normal(size=len(t)), "tone": tone, "beat": tone * (t * 4 % 1 < 0.5)}[kind]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ESC-50's layout with folds 1, 2 and 4, clips of 0.3 s to 30 s, and a user's mistakes."""
+    folder, rows = tmp_path_factory.mktemp("esc"), [
+        "filename,fold,target,category,esc10,src_file,take"
+    ]
+    (folder / "audio").mkdir()
+    (folder / "meta").mkdir()
+    for k in range(36):
+        kind, fold = ("noise", "tone", "beat")[k % 3], (1, 2, 4)[k // 12]
+        seconds = {0: 0.3, 1: 30}.get(k, 1.5)
+        soundfile.write(
+            folder / "audio" / f"{fold}-{k}-A-{k % 3}.flac", sound(kind, seconds, k), 22050
+        )
+        rows.append(f"{fold}-{k}-A-{k % 3}.wav,{fold},{k % 3},{kind},True,{k},A")
+    rows += [
+        "1-77-A-0.wav,1,0,noise,True,77,A",
+        "1-88-A-1.wav,1,1,tone,True,88,A",
+        "1-99-A-0.wav,1,0,noise,True,99,A",
+    ]
+    rows += ["2-55-A-9.wav,2,9,lonely,True,55,A"]
+    soundfile.write(folder / "audio" / "1-88-A-1.wav", np.zeros(22050), 22050)
+    (folder / "audio" / "1-99-A-0.wav").write_text("not audio")
+    soundfile.write(folder / "audio" / "2-55-A-9.wav", sound("tone", 1, 5), 22050)
+    (folder / "meta" / "esc50.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return run("--data", folder, "--out", out, *SMALL, "--seed", 0, 1), out
+
+
+def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finished):
+    result, out = finished
+    assert result.returncode == 0 and result.stderr == "", result.stderr[-2000:]
+    for words in (
+        "1-77-A-0.wav: no such file",
+        "1-88-A-1.wav: silent",
+        "1-99-A-0.wav",
+        "class lonely: one clip",
+        "'1': 12, '2': 12, '4': 12",
+        "37 of 40 files",
+    ):
+        assert words in result.stdout
+    rows = {row["row"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert set(rows) == {
+        "chance",
+        "mel statistics",
+        "code histogram",
+        "random VGG",
+        "random Transformer",
+        "contrastive",
+        "generative",
+        "both",
+        "supervised",
+    }
+    assert all(0 <= row["accuracy"] <= 1 and row["clips"] == 12 for row in rows.values())
+    assert rows["mel statistics"]["accuracy"] > 0.6  # chance is a third
+    assert rows["generative"]["bigram"] > 0 and (out / "sounds.png").stat().st_size > 10000
+
+
+def test_predict_prints_three_classes_for_each_file_and_skips_the_others(finished, folder):
+    files = sorted((folder / "audio").glob("4-*"))[:3] + [folder / "audio" / "1-99-A-0.wav"]
+    result = run("--out", finished[1], "--predict", *files)
+    assert (
+        result.returncode == 0
+        and sum(line.count(", ") == 2 for line in result.stdout.splitlines()) == 3
+    )
+    assert run("--out", finished[1], "--predict", files[-1]).returncode == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(finished, folder, tmp_path, how):
+    command = [
+        sys.executable,
+        ROOT / "contrastive_generative.py",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *SMALL,
+        "--seed",
+        0,
+        1,
+    ]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    wanted = "supervised 1/4" if how == signal.SIGINT else "next code 1/4"
+    for line in process.stdout:
+        if wanted in line:
+            process.send_signal(how)
+            break
+    process.stdout.read()
+    assert process.wait() != 0
+    result = run(
+        "--resume", "--out", tmp_path, "--workers", 0
+    )  # the arguments come from the checkpoint
+    assert (
+        result.returncode == 0 and "seed 0 fold 1 contrastive" not in result.stdout
+    )  # it went on, not back
+    ours, theirs = (
+        torch.load(out / "checkpoint.pt", weights_only=True) for out in (tmp_path, finished[1])
+    )
+    for name, value in theirs["kept"]["models"].items():
+        assert torch.equal(value, ours["kept"]["models"][name]), name
+    assert ours["rows"] == theirs["rows"]
+
+
+def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
+    start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = run("--data", folder, "--out", tmp_path, *SMALL, start=start, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("random Transformer") == 1 and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--data", "nowhere"),
+        ("--data", "{empty}"),
+        ("--data", "{broken}"),
+        ("--steps", "0"),
+        ("--views", "pitch"),
+        ("--lr", "inf"),
+        ("--device", "tpu"),
+        ("--predict",),
+        ("--predict", "x.wav", "--out", "{empty}"),
+        ("--data", "{esc}", "--out", "{broken}/a.txt"),
+        ("--resume", "--out", "{broken}"),
+        ("--step", "3"),
+        ("--objectives", "both"),
+    ],
+)
+def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.txt").write_text("no audio")
+    (tmp_path / "broken" / "esc50.csv").write_text("name,class\nx.wav,dog")
+    (tmp_path / "broken" / "checkpoint.pt").write_text("not a checkpoint")
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "esc": folder}
+    with pytest.raises(SystemExit) as end:
+        script.main(
+            script.parse_args(
+                ["--out", str(tmp_path / "o"), *[arg.format(**places) for arg in args]]
+            )
+        )
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert end.value.code == 2 and len(errors) == 1
+
+
+def test_a_folder_without_classes_pre_trains_and_says_that_it_cannot_score(tmp_path, folder):
+    (tmp_path / "flat").mkdir()
+    for k in range(20):
+        soundfile.write(tmp_path / "flat" / f"{k}.wav", sound("beat", 1.2, k), 22050)
+    result = run("--data", tmp_path / "flat", "--out", tmp_path, *SMALL)
+    assert result.returncode == 0 and "no classes, no scores" in result.stdout, result.stderr[
+        -2000:
+    ]
+    assert run("--out", tmp_path, "--predict", tmp_path / "flat" / "1.wav").returncode == 2
+
+
+def test_importing_the_script_trains_nothing(tmp_path):
+    command = [sys.executable, "-c", "import contrastive_generative"]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir())

@@ -1,0 +1,441 @@
+"""Properties of permutation_ranking.py. Run from the project's folder: python -m pytest tests"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import permutation_ranking as P
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SMALL = (
+    "--losses",
+    "soft_rank",
+    "classification",
+    "--steps",
+    4,
+    "--batch-size",
+    4,
+    "--label-counts",
+    20,
+)
+
+
+def run(*args, **kwargs):
+    """The command as a user types it, from another folder."""
+    command = [sys.executable, str(ROOT / "permutation_ranking.py"), *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT, **kwargs
+    )
+
+
+# Patches and permutations
+
+
+def test_patches_are_numbered_row_by_row_and_sorting_the_ranks_undoes_the_shuffle():
+    x = torch.randn(2, 513, 101)
+    patches = P.cut(x, 3, 4)
+    assert patches.shape == (2, 12, 171, 25)
+    assert torch.equal(patches[:, 6], x[:, 171:342, 50:75])  # row 1, column 2
+    y = torch.rand(2, 12).argsort(1)
+    assert torch.equal(P.shuffle(P.shuffle(patches, y), y.argsort(1)), patches)
+
+
+@pytest.mark.parametrize("count, n", [(100, 10), (24, 4), (50, 9)])
+def test_fixed_permutations_are_permutations_and_further_apart_than_random_ones(count, n):
+    fixed = P.distant_permutations(count, n)
+    assert fixed.shape == (count, n) and torch.equal(
+        fixed.sort(1).values, torch.arange(n).expand(count, n)
+    )
+    distance = (fixed[:, None] != fixed).sum(2) + n * torch.eye(count)
+    assert len(fixed.unique(dim=0)) == count and (
+        n == 4 or distance.min() >= n - 3
+    )  # random: 4 at n = 10
+
+
+# Losses
+
+
+def sampled_gradient(theta, y, sigma, noise):
+    """E[ranks(theta + sigma Z)] - y by 400 000 samples."""
+    rng = np.random.default_rng(0)
+    z = (
+        rng.standard_normal((400_000, len(theta)))
+        if noise == "gaussian"
+        else rng.gumbel(size=(400_000, len(theta)))
+    )
+    return (np.asarray(theta) + sigma * z).argsort(1).argsort(1).mean(0) + 1 - np.asarray(y)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "gumbel"])
+def test_the_closed_form_of_fenchel_young_has_the_gradient_of_its_sampled_form(noise):
+    theta = torch.tensor([[0.3, -0.2, 0.9, 0.1, -1.0]], dtype=torch.double, requires_grad=True)
+    y = torch.tensor([[2.0, 5, 1, 3, 4]])
+    grad = torch.autograd.grad(P.fenchel_young_loss(theta, y, 0.7, noise), theta)[0]
+    np.testing.assert_allclose(
+        grad[0], sampled_gradient(theta[0].detach(), y[0], 0.7, noise), atol=0.02
+    )
+    assert abs(grad.sum()) < 1e-9  # ranks 1..n: with 0-based ones all scores would drift
+
+
+def test_fenchel_young_equals_the_sum_over_pairs_and_gumbels_is_ranknet():
+    torch.manual_seed(0)
+    theta, y, sigma = torch.randn(4, 6), torch.rand(4, 6).argsort(1) + 1, 0.5
+    gaussian = gumbel = 0.0
+    for b in range(4):
+        for i in range(6):
+            for j in range(i + 1, 6):
+                d, s = (theta[b, i] - theta[b, j]).item(), math.sqrt(2) * sigma
+                phi, Phi = math.exp(-0.5 * (d / s) ** 2) / math.sqrt(
+                    2 * math.pi
+                ), 0.5 + 0.5 * math.erf(d / s / 2**0.5)
+                gaussian += d * Phi + s * phi - d * bool(y[b, i] > y[b, j])
+                gumbel += sigma * math.log(1 + math.exp(-(d if y[b, i] > y[b, j] else -d) / sigma))
+    assert P.fenchel_young_loss(theta, y, sigma).item() == pytest.approx(gaussian / 4, rel=1e-5)
+    assert P.fenchel_young_loss(theta, y, sigma, "gumbel").item() == pytest.approx(
+        gumbel / 4, rel=1e-5
+    )
+
+
+def test_a_confident_wrong_order_has_no_gradient_by_soft_ranks_and_has_one_by_fenchel_young():
+    theta, y = 2 * torch.arange(10.0, 0, -1)[None].requires_grad_(), torch.arange(1.0, 11)[None]
+    for name, silent in (("soft_rank", True), ("fenchel_young", False), ("mse", False)):
+        grad = torch.autograd.grad(P.LOSSES[name](theta, y, None, 1.0), theta)[0]
+        assert (grad == 0).all() == silent, name
+    assert P.LOSSES["soft_rank"](2 * y, y, None, 1.0) == 0  # ascending: scores grow with the place
+
+
+# Network
+
+
+def test_the_networks_take_every_number_of_patches_in_both_directions():
+    for n in (2, 4, 7, 10, 13):
+        for grid in ((n, 1), (1, min(n, 12)), (3, 3)):
+            model = P.ContextFreeNetwork("small", *grid)
+            patches = model.patches(torch.randn(2, 16000))
+            assert model(patches).shape == (2, math.prod(grid))
+            assert model.embed(patches, "patches").shape == (2, 64 * math.prod(grid))
+
+
+def test_the_papers_network_has_its_widths_and_learns_from_a_step():
+    torch.manual_seed(0)
+    model = P.ContextFreeNetwork(
+        "alexnet", 12, 1, 5
+    ).eval()  # stock AlexNet collapses from 8 bands up
+    patches, choice = model.patches(torch.randn(2, 64000)), torch.tensor([1, 3])
+    assert (
+        model.embed(patches, model.embedding).shape == (2, 4096)
+        and model.joint.in_features == 12 * 1024
+    )
+    before = P.LOSSES["classification"](model(patches), None, choice, 1.0)
+    before.backward()
+    torch.optim.SGD(model.parameters(), 0.01).step()
+    assert P.LOSSES["classification"](model(patches), None, choice, 1.0) < before
+
+
+def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over_patches(capsys):
+    torch.manual_seed(0)
+    model = P.ContextFreeNetwork("small", 10, 1).eval()
+    patches = model.patches(torch.randn(32, 16000))
+    other = patches.clone()
+    other[:, 3] = torch.randn_like(other[:, 3])
+    change = (
+        (model.embed(patches, "patches") - model.embed(other, "patches"))
+        .view(32, 10, 64)
+        .abs()
+        .amax((0, 2))
+    )
+    assert (change > 0).tolist() == [i == 3 for i in range(10)]
+    model.train()
+    mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
+
+    def loop():  # note by note and patch by patch
+        features = [
+            [model.encoder(((x - m) / (s + 0.3))[None])[0] for x, m, s in zip(*note)]
+            for note in zip(patches, mean, sd)
+        ]
+        return model.output(torch.relu(model.joint(torch.stack([torch.cat(f) for f in features]))))
+
+    ratios = []
+    for _ in range(3):  # interleaved
+        began = time.thread_time()
+        loop().sum().backward()
+        middle = time.thread_time()
+        model(patches).sum().backward()
+        ratios.append((middle - began) / (time.thread_time() - middle))
+    with capsys.disabled():
+        print(f"\n[step: patch by patch / all at once = {np.median(ratios):.1f}]", end=" ")
+    assert np.median(ratios) > 3
+    model.eval()
+    torch.testing.assert_close(loop(), model(patches), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["soft_rank", "fenchel_young"])
+def test_thirty_two_notes_can_be_learnt_by_heart(loss):
+    torch.manual_seed(0)
+    model = P.ContextFreeNetwork("small", 10, 1).train()
+    model.output[0].p = 0.0  # no dropout
+    y = torch.rand(32, 10).argsort(1)
+    patches = P.shuffle(torch.randn(32, 10, 51, 25) + torch.randn(10, 51, 1), y)
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(100):
+        optimiser.zero_grad()
+        output = model(patches)
+        P.LOSSES[loss](output, y + 1.0, None, 1.0).backward()
+        optimiser.step()
+    assert (model.order(output) == y).float().mean() > 0.97
+
+
+# Data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seventy notes in NSynth's layout, and what a user may have by mistake."""
+    folder, P.NOTES = tmp_path_factory.mktemp("notes"), {
+        "train": (2, 3),
+        "valid": (1, 1),
+        "test": (1, 2),
+    }
+    P.write_notes(folder, 0)
+    train = folder / "nsynth-train"
+    notes = sorted((train / "audio").iterdir())
+    notes[0].unlink()  # extracted in part
+    notes[1].write_text("not audio")
+    waveform, _ = soundfile.read(notes[2])
+    notes[2].unlink()
+    soundfile.write(
+        notes[2].with_suffix(".flac"), np.repeat(waveform, 3), 48000
+    )  # another rate and format
+    soundfile.write(notes[3], waveform[:8000], 16000)  # half a second
+    soundfile.write(notes[4], np.zeros(32000), 16000)
+    labels = json.loads((train / "examples.json").read_text())
+    (train / "examples.json").write_text(
+        json.dumps({k: v for k, v in labels.items() if "vocal" not in k})
+    )
+    return folder
+
+
+def test_a_note_is_the_same_every_time_and_has_its_pitch(tmp_path):
+    for family in ("flute", "brass"):
+        note = P.make_note(family, 7, 69, 100, np.random.default_rng(1))
+        assert np.array_equal(note, P.make_note(family, 7, 69, 100, np.random.default_rng(1)))
+        spectrum = np.abs(np.fft.rfft(note))  # bins of 0.5 Hz
+        comb = [
+            spectrum[(np.arange(1, 6) * f * 2).astype(int)].sum()
+            for f in np.arange(415.0, 466, 0.5)
+        ]
+        assert abs(415 + 0.5 * np.argmax(comb) - 440) < 8  # A4, within a third of a semitone
+
+
+def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folder, capsys):
+    notes, out = P.load_notes(folder, 0), capsys.readouterr().out
+    assert "not audio" not in out and "silent" in out and out.count("skip") == 2
+    assert "51 notes; 3 more have no audio" in out and "without synth_lead, vocal" in out
+    assert {k: len(v) for k, v in notes.items() if k in ("valid", "unseen", "unlabelled")} == {
+        "valid": 10,
+        "unseen": 20,
+        "unlabelled": 6,
+    }
+    assert len(notes["train"]) + len(notes["seen"]) == 51 and len(notes["seen"]) > 3
+    instruments = {split: {n.instrument for n in part} for split, part in notes.items()}
+    assert (
+        instruments["seen"] <= instruments["train"]
+        and not instruments["unseen"] & instruments["train"]
+    )
+    assert not {n.path for n in notes["seen"]} & {n.path for n in notes["train"]}
+    inner = P.load_notes(folder / "nsynth-train", 0)  # one split alone: instruments are shared out
+    assert not {n.instrument for n in inner["unseen"]} & {n.instrument for n in inner["train"]}
+
+
+def test_a_batch_is_the_same_for_any_reader_and_short_notes_are_padded(folder):
+    notes = P.load_notes(folder, 0)["train"]
+    load = lambda items: P.load_batch(3, items, "arm", notes, 1.0, 10, torch.empty(0, 10))
+    for whole, *parts in zip(load(range(4)), load(range(2)), load(range(2, 4))):
+        assert torch.equal(whole, torch.cat(parts))
+    assert P.load_view(min(notes, key=lambda n: n.seconds).path, 0.0, 1.0).shape == (16000,)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return run("--data", folder, "--out", out, *SMALL), out
+
+
+def test_a_run_prints_its_table_and_writes_its_results(finished):
+    result, out = finished
+    assert result.returncode == 0 and result.stderr == ""
+    rows = {row["row"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    for name in (
+        "chance",
+        "statistics",
+        "random encoder",
+        "supervised",
+        "soft_rank",
+        "classification",
+    ):
+        for split in ("unseen", "seen"):
+            row = rows[f"{name}, 20 labels, {split}"]
+            assert 0 <= row["family_accuracy"] <= 1 and (row["instrument_accuracy"] == "-") == (
+                split == "unseen"
+            )
+            assert f"{name}, 20 labels, {split}" in result.stdout
+    assert 0 <= rows["soft_rank, 20 labels, seen"]["zero_gradient"] <= 1
+    assert (out / "permutation.png").stat().st_size > 10000
+
+
+def test_the_heads_leave_the_encoder_as_it_was_trained(finished):
+    state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
+    model = P.load_kept(state, "cpu")
+    x = model.embed(torch.randn(8, 10, 51, 25), model.embedding)
+    head, _ = P.fit_head(
+        x.detach(),
+        torch.zeros(8).long(),
+        x.detach(),
+        torch.zeros(8).long(),
+        8,
+        2,
+        torch.nn.functional.cross_entropy,
+        2,
+    )
+    assert all(
+        torch.equal(v, state["arms"][state["kept"]["arm"]][k])
+        for k, v in model.state_dict().items()
+    )
+    assert not any(p.requires_grad for p in head.parameters())
+
+
+def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, folder):
+    files = sorted((folder / "nsynth-train/audio").iterdir())[:3]  # text, flac, wav
+    result = run("--out", finished[1], "--predict", *files)
+    assert result.returncode == 0 and result.stdout.count("(MIDI ") == 2 and "skip" in result.stdout
+    assert run("--out", finished[1], "--predict", files[0]).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--data", "nowhere"),
+        ("--data", "{empty}"),
+        ("--steps", "0"),
+        ("--losses", "kl"),
+        ("--bands", "4", "8"),
+        ("--bands", "1"),
+        ("--label-counts", "3"),
+        ("--lr", "nan"),
+        ("--predict", "x.wav", "--out", "{empty}"),
+        ("--resume", "--out", "{text}"),
+        ("--data", "{notes}", "--out", "{text}/checkpoint.pt"),
+        ("--step", "3"),
+    ],
+)
+def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "checkpoint.pt").write_text("not a checkpoint")
+    places = {"empty": tmp_path / "empty", "text": tmp_path / "text", "notes": folder}
+    result = run(*[arg.format(**places) for arg in args], cwd=tmp_path)
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr
+
+
+def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path):
+    (tmp_path / "nsynth-train").mkdir()
+    (tmp_path / "nsynth-train/examples.json").write_text("{")
+    (tmp_path / "nsynth-train/audio").symlink_to(folder / "nsynth-test/audio")
+    result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL)
+    assert result.returncode == 0 and "examples.json: not NSynth's labels" in result.stdout
+    assert "no scores" in result.stdout and "partial_ranks" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "how, wanted",
+    [(signal.SIGINT, "soft_rank, seed 0 1/"), (signal.SIGKILL, "classification, seed 0 1/")],
+)
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
+    finished, folder, tmp_path, how, wanted
+):
+    command = [
+        sys.executable,
+        ROOT / "permutation_ranking.py",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *SMALL,
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    next(line for line in process.stdout if wanted in line)
+    process.send_signal(how)
+    process.stdout.read()
+    assert process.wait() != 0
+    result = run(
+        "--resume", "--out", tmp_path, "--workers", 0
+    )  # the arguments come from the checkpoint
+    assert result.returncode == 0 and "supervised, 20 labels, seed 0 1/4" not in result.stdout
+    arms = [
+        torch.load(out / "checkpoint.pt", weights_only=True)["arms"]
+        for out in (finished[1], tmp_path)
+    ]
+    for arm, weights in arms[0].items():
+        assert all(torch.equal(weights[name], arms[1][arm][name]) for name in weights), arm
+    tables = [
+        json.loads((out / "results.json").read_text())["rows"] for out in (finished[1], tmp_path)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        ROOT / "permutation_ranking.py",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *SMALL,
+        "--bands",
+        10,
+        1,
+        "--slices",
+        1,
+        4,
+    ]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=280, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (
+        result.stdout.count("soft_rank 1x4, 20 labels, unseen") == 1
+        and (tmp_path / "results.json").exists()
+    )
+
+
+def test_importing_the_script_trains_nothing(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", "import permutation_ranking"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir())
