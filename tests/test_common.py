@@ -211,10 +211,10 @@ def test_a_row_of_nan_stays_alone():
 
 @pytest.mark.parametrize("strength", [1.0, 0.1, 1e-2, 1e-3, 1e-4])
 def test_soft_rank_of_100_000_values_is_quick_and_small(strength):
-    x = torch.randn(1, 100_000, requires_grad=True)
+    x = torch.distributions.Cauchy(0.0, 1.0).sample((1, 100_000)).requires_grad_()  # long chains
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     common.soft_rank(x, strength).sum().backward()
-    assert time.thread_time() - began < 1.0  # 10 to 30 ms on a quiet machine; O(n^2) takes minutes
+    assert time.thread_time() - began < 0.5  # 0.05 alone; rounds without the stack take 1 s
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
     assert grown < 200_000 and x.grad.isfinite().all()
 

@@ -48,6 +48,7 @@ def test_patches_are_numbered_row_by_row_and_sorting_the_ranks_undoes_the_shuffl
     patches = P.cut(x, 3, 4)
     assert patches.shape == (2, 12, 171, 25)
     assert torch.equal(patches[:, 6], x[:, 171:342, 50:75])  # row 1, column 2
+    assert torch.equal(patches[:, 1], x[:, :171, 25:50])  # the lowest band first
     y = torch.rand(2, 12).argsort(1)
     assert torch.equal(P.shuffle(P.shuffle(patches, y), y.argsort(1)), patches)
 
