@@ -239,6 +239,7 @@ class SoftRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradient, in the order of x, by Centre."""
         xp, strength, order, sorted_block = ctx.blocks
         block = xp.empty_like(sorted_block)
         block[order] = sorted_block
@@ -259,6 +260,7 @@ class Centre(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The Jacobian is constant and symmetric: the same once more."""
         return Centre.apply(grad, *ctx.blocks), None, None, None, None
 
 

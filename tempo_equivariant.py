@@ -920,7 +920,8 @@ def main(args: argparse.Namespace):
         classical = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
         classical = list(in_background(classical, [clip[0] for clip in clips], args.workers))
 
-    def build(name, seed):  # random, supervised and SSL arms of a seed start from the same weights
+    def build(name, seed):
+        """An encoder; random, supervised and SSL arms of a seed start from the same weights."""
         torch.manual_seed(random_key("weights", name, seed))
         return make_encoder(name, **state["args"]).to(device)
 
