@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from torchaudio.datasets import gtzan
 
 from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
-                    open_run, random_key, rank_and_size, read_audio, report, scan_audio,
-                    start_run, training, write_whole)  # fmt: skip
+                    make_folder, open_run, random_key, rank_and_size, read_audio, report,
+                    scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as it is known.
