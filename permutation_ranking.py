@@ -594,8 +594,12 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor)
             points = [(int(count.split()[0]), row[key]) for (other, count, split), row
                       in table.items() if other == name and split == "unseen"]  # fmt: skip
             axis.plot(*zip(*points), "o-" if name.split()[0] in LOSSES else "x:", label=name)
-        axis.set(xlabel="labelled notes", ylabel=f"{key}, unseen instruments", xscale="log")
-    axis.legend(fontsize=8)
+        axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
+                 yscale="log" if key == "pitch_mse" else "linear")  # fmt: skip
+        axis.set_xticks([count for count, _ in points], [count for count, _ in points])
+        axis.minorticks_off()
+    axis.legend(fontsize=8, ncols=2)
+    right.suptitle("unseen instruments")
     picture.savefig(path, dpi=100, format="png")
     plt.close(picture)
 
