@@ -580,8 +580,8 @@ def benchmark():
             make = lambda: (noise(requires_grad=True), noise(), strength)
             taken = median_times(contestants, make, max(10, min(100, 2_000_000 // (rows * n))))
             mine, others = taken.pop("soft_rank"), taken.items()
-            print(f"  {f'({rows}, {n})':12} strength {strength:<5}  {1e6 * mine:6.0f}", *[
-                f"  {name} {1e6 * s:6.0f}, ratio {mine / s:5.2f}" for name, s in others])  # fmt: skip
+            cells = [f"  {name} {1e6 * s:6.0f}, ratio {mine / s:5.2f}" for name, s in others]
+            print(f"  {f'({rows}, {n})':12} strength {strength:<5}  {1e6 * mine:6.0f}", *cells)
             if n <= 64 <= rows and "torchsort" in taken:
                 ratios.append(mine / taken["torchsort"])
     if ratios:

@@ -6,7 +6,7 @@ stretch rates, make two views of an unlabelled clip, let an encoder give each vi
 ask that z_i/z_j = a_i/a_j. The unknown tempo cancels; no labels, no negatives, and no collapse, for
 a constant z has the wrong ratio. A head of 300 classes, or one constant from clicks, makes z BPM.
 
-Measured (demo: 400 generated clips, 3 seeds, 2 CPU cores; Accuracy 1 / 2 on songs left out):
+Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2 on songs left out):
 periodicity label-free .875/.975; with a head its frozen h .902/.978, a random one .818/.928;
 autocorrelation without training .757/.910. The paper's TCN: z follows the stretch and not the tempo
 (onset density does so too), and its frozen h is no better than a random one (.138 and .220).
