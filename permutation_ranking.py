@@ -9,9 +9,9 @@ the true ranks, or is the Fenchel-Young loss of perturbed ranks; baselines regre
 or name one of 100 fixed permutations (classification). The frozen encoder is then scored by a
 3-layer MLP that learns family, instrument and pitch from few labels.
 
-Measured (demo: 1 000 generated training notes, 800 labelled, 3 seeds, one thread; family accuracy and
-pitch error in semitones squared on unseen instruments): fenchel_young .391 ± .011 and 14.7 ± 1.0,
-soft_rank .374 and 15.1, mse .371 and 14.0, classification .346 ± .008 and 18.2 ± 1.5; random
+Measured (demo: 1 000 generated training notes, 800 labelled, 3 seeds, one thread; family accuracy
+and pitch error in semitones squared on unseen instruments): fenchel_young .391 ± .011 and 14.7 ±
+1.0, soft_rank .374 and 15.1, mse .371 and 14.0, classification .346 ± .008 and 18.2 ± 1.5; random
 encoder .342 ± .019 and 27.2 ± 3.0, supervised .396 and 9.7, statistics .286 and 48.
 
     python permutation_ranking.py                        demo: makes its own notes
