@@ -539,6 +539,15 @@ def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[
     return rows
 
 
+def end_run(out: Path, picture: str, began: float):
+    """The last line of a run, and the end of torchrun's group: together, for a rank that leaves
+    while others still talk to it aborts some of them."""
+    print(f"wrote  {out}/results.json, checkpoint.pt and {picture} in {time.time() - began:.0f} s")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def median_times(contestants: dict, make, rounds: int) -> dict:
     """Median CPU seconds of each function, called in turn, each with inputs of its own: replaying
     one input lets the branch predictor learn it."""

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.datasets import gtzan
 
-from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
+from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report,
                     scan_audio, start_run, training, write_whole)  # fmt: skip
 
@@ -657,8 +657,7 @@ def main(args: argparse.Namespace):
             rows.append({"row": same[0]["row"], **mean, "clips": sum(row["clips"] for row in same)})
         table.append(rows)
     report(table, out / "results.json", state["args"], round(time.time() - began, 1))
-    seconds = time.time() - began
-    print(f"wrote  {out}/results.json, checkpoint.pt and sounds.png in {seconds:.0f} s")
+    end_run(out, "sounds.png", began)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
+from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report,
                     scan_audio, soft_rank, start_run, training, write_whole)  # fmt: skip
 
@@ -664,8 +664,7 @@ def main(args: argparse.Namespace):
         write_whole(args.out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
             waveform=views.to(device)))  # fmt: skip
-    seconds = time.time() - began
-    print(f"wrote  {args.out}/results.json, checkpoint.pt and permutation.png in {seconds:.0f} s")
+    end_run(args.out, "permutation.png", began)
 
 
 if __name__ == "__main__":

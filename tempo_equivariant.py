@@ -53,7 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (LogMel, die, find_audio, in_background, linear_probe, load_checkpoint,
+from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report,
                     scan_audio, start_run, training, write_whole)  # fmt: skip
 
@@ -959,8 +959,7 @@ def main(args: argparse.Namespace):
             responses[f"{name}, {kind}"] = stretch_response(model, sample)
     figure = figures[args.encoders[-1]]
     write_whole(out / "tempo.png", partial(draw, figure=figure, responses=responses))
-    seconds = time.time() - began
-    print(f"wrote  {out}/results.json, checkpoint.pt and tempo.png in {seconds:.0f} s")
+    end_run(out, "tempo.png", began)
 
 
 if __name__ == "__main__":
