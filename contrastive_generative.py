@@ -60,7 +60,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
     "folds": (1, 5, 5, "folds, of 5, that are tested in turn"),
-    "context": (48, 64, 512, "codes that the Transformer sees"),
+    "context": (64, 64, 512, "codes that the Transformer sees"),
     "transformer": ((2, 128, 4), (2, 128, 4), (6, 256, 8), "its blocks, width and heads"),
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
@@ -204,13 +204,21 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range):
     return torch.stack(waveforms), targets[chosen]
 
 
-def to_log_mel(front: LogMel, waveform: Tensor) -> Tensor:
-    """(B, S) -> (B, F, T), standardised by one mean and one deviation of all."""
-    return (front(waveform) - front.mean) / front.sd
+class FrontEnd(LogMel):
+    """Log-mel standardised by one mean and one deviation of all; `frames` are those of a view."""
+
+    def __init__(self, hop_length: int):
+        super().__init__(SAMPLE_RATE, 512, hop_length, BANDS, 400, 60, 7800, floor=1e-3)
+        self.frames = round(WINDOW_SECONDS * SAMPLE_RATE / hop_length)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("sd", torch.ones(()))
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return (super().forward(waveform) - self.mean) / self.sd  # (B, S) -> (B, F, T)
 
 
 @torch.no_grad()
-def make_views(waveform: Tensor, front: LogMel, frames: int, families: list) -> Tensor:
+def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
     """(B, S) excerpts -> (B, F, frames): a random crop of each, altered by the named families:
     sound (the abstract's pitch and timbre): another clip mixed in, noise, gain, time-stretch, pitch
     (a shift of mel bands: 12 are 8 semitones above 1 kHz, more below), a high- or low-pass;
@@ -224,8 +232,8 @@ def make_views(waveform: Tensor, front: LogMel, frames: int, families: list) -> 
         noise = some(0.5) * 10 ** (-within(0, 30) / 20) * torch.randn_like(waveform)
         waveform = (waveform + level * (other + noise)) * 10 ** (-some(0.5) * within(0, 20) / 20)
         rate, pitch = 1.7 ** (some(0.8) * within(-1, 1)), some(0.5) * within(-12, 12)
-    x, rate = to_log_mel(front, waveform), rate.to(device)  # (B, F, T)
-    bands, T = x.shape[1:]
+    x, rate = front(waveform), rate.to(device)  # (B, F, T)
+    (bands, T), frames = x.shape[1:], front.frames
     start = within(0, 1) * (T - 1 - rate * (frames - 1)).clamp(min=0)
     time = (start + rate * torch.arange(frames, device=device)) / (T - 1)  # (B, frames), in 0 .. 1
     band = (torch.arange(bands, device=device) + pitch).expand(B, -1) / (bands - 1)  # (B, F)
@@ -270,11 +278,35 @@ class Encoder(nn.Module):
         return F.relu(self.dense(x))
 
 
-def to_slices(log_mel: Tensor, flatten: float) -> Tensor:
-    """(B, F, T) -> (B T/2, 2 F): slices of two frames, full height, without overlap, from which a
-    share of the clip's mean spectrum is taken away: the room, which would take up the codes."""
-    log_mel = log_mel - flatten * log_mel.mean(2, keepdim=True)
-    return log_mel.unfold(2, 2, 2).transpose(1, 2).flatten(2).flatten(0, 1)
+class Tokenizer(nn.Module):
+    """Codes of a spectrogram: an autoencoder of slices, and a dictionary of what it makes of them.
+    From slices a share, `flatten`, of the clip's mean spectrum is taken away: the room, which
+    would take up the codes."""
+
+    def __init__(self, codes: int, flatten: float):
+        super().__init__()
+        stack = lambda a, b, c, d: nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c),
+                                                 nn.ReLU(), nn.Linear(c, d))  # fmt: skip
+        self.encoder, self.decoder = stack(2 * BANDS, 512, 256, 64), stack(64, 256, 512, 2 * BANDS)
+        self.flatten = flatten
+        self.register_buffer("centroids", torch.zeros(codes, 64))
+
+    def slices(self, log_mel: Tensor) -> Tensor:
+        """(B, F, T) -> (B T/2, 2 F): of two frames, full height, without overlap."""
+        log_mel = log_mel - self.flatten * log_mel.mean(2, keepdim=True)
+        return log_mel.unfold(2, 2, 2).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def codes(self, log_mel: Tensor) -> Tensor:
+        """(1, F, T) -> (L,), L = T/2."""
+        return torch.cdist(self.encoder(self.slices(log_mel)), self.centroids).argmin(1)
+
+    def decode(self, codes: Tensor, log_mel: Tensor) -> Tensor:
+        """(L,) codes of (1, F, T) -> (F, 2 L), with the mean spectrum back in its place."""
+        slices = self.decoder(self.centroids[codes]).unflatten(1, (BANDS, 2))
+        return slices.transpose(0, 1).flatten(1) + self.flatten * log_mel[0].mean(1, keepdim=True)
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return self.decoder(self.encoder(slices))
 
 
 def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor:
@@ -328,13 +360,17 @@ class CodeModel(nn.Module):
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(layer.weight, std=0.02)  # GPT-2's
 
-    def states(self, codes: Tensor) -> Tensor:
-        """(B, L) -> (B, L + 1, D): state 0 has seen the start symbol only, state L all codes."""
+    def states(self, codes: Tensor) -> list[Tensor]:
+        """(B, L) -> of each block (B, L + 1, D), the last normalised: state 0 has seen the start
+        symbol only, state L all codes."""
         codes = F.pad(codes.clamp(min=0), (1, 0), value=self.embed.num_embeddings - 1)
-        return self.norm(self.blocks(self.embed(codes) + self.place.weight[: codes.shape[1]]))
+        x, layers = self.embed(codes) + self.place.weight[: codes.shape[1]], []
+        for block in self.blocks:
+            layers.append(x := block(x))
+        return [*layers[:-1], self.norm(x)]
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.head(self.states(codes)[:, :-1])
+        return self.head(self.states(codes)[-1][:, :-1])
 
 
 # -----------------------------------------------------------------------------
@@ -388,29 +424,28 @@ def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int
         history.append(loss.detach())
 
 
-def learn_codes(key: str, models, load, train_arm, paths: list, seen: Tensor, settings: dict,
-                frames: int, workers: int) -> dict:  # fmt: skip
-    """The generative half, one part after the other: autoencoder, dictionary, Transformer. Returns
-    what is known of the codes; nats are of clips that were not seen."""
-    front, tokenizer, size = models["front"], models["tokenizer"], settings["context"]
-    vectors, flatten = [], settings["flatten"]
-    slices = lambda waveform: to_slices(to_log_mel(front, waveform), flatten)
-    rebuild = lambda network, waveform, _: F.mse_loss(network(x := slices(waveform)), x)
+def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, seen: Tensor,
+                count: int, restarts: int, context: int, workers: int) -> dict:  # fmt: skip
+    """The generative half, one part after the other: autoencoder, dictionary out of about `count`
+    slices, Transformer. Returns what is known of the codes; nats are of clips not seen."""
+    front, tokenizer, vectors = models["front"], models["tokenizer"], []
+    rebuild = lambda network, waveform, _: F.mse_loss(
+        network(x := tokenizer.slices(front(waveform))), x)  # fmt: skip
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
-    (count, restarts), per_clip = settings["dictionary"], EXCERPT_SECONDS * SAMPLE_RATE / (
-        2 * settings["hop_length"])  # slices
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
+    batches = math.ceil(count / 32 / front.frames / EXCERPT_SECONDS * WINDOW_SECONDS)
+    load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
-        for waveform, _ in in_background(partial(load, arm=f"{key} dictionary", items=range(64)),
-                                         range(math.ceil(count / per_clip / 64)), workers):
-            log_mel = to_log_mel(front, waveform.to(front.mean.device))
-            loud = to_slices(log_mel, 0).amax(1) > silence  # silence would take several codes
-            vectors.append(tokenizer[0](to_slices(log_mel, flatten)[loud]))
+        for waveform, _ in in_background(load_more, range(batches), workers):
+            log_mel = front(waveform.to(front.mean.device))  # (64, F, T)
+            loud = log_mel.unfold(2, 2, 2).amax((1, 3)).flatten() > silence  # or it takes up codes
+            vectors.append(tokenizer.encoder(tokenizer.slices(log_mel)[loud]))
         torch.manual_seed(random_key(key, "k-means"))
-        tokenizer.centroids.copy_(k_means(torch.cat(vectors), settings["codes"], restarts))
-    codes = embed([models], paths, frames, flatten, workers)[0]["codes"]
+        codes = len(tokenizer.centroids)
+        tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, restarts))
+    sequences = embed([models], paths, workers)[0]["codes"]
     seen, held_out = (nn.utils.rnn.pad_sequence(
-        [part for c, use in zip(codes, mask) if use for part in c.split(size)], True, -100)
+        [part for c, use in zip(sequences, mask) if use for part in c.split(context)], True, -100)
         for mask in (seen, ~seen))  # fmt: skip
     load_codes = lambda step, arm, items: (
         seen[[random_key(arm, step, item) % len(seen) for item in items]].long(),)  # ((B, L),)
@@ -419,7 +454,7 @@ def learn_codes(key: str, models, load, train_arm, paths: list, seen: Tensor, se
         model, n = models["code_model"].eval(), (held_out >= 0).sum().item()
         nats = sum(next_code_loss(model, part.long().to(front.mean.device)).item() / n
                    * (part >= 0).sum().item() for part in held_out.split(64))  # fmt: skip
-    return {**count_codes(seen.long(), held_out.long(), settings["codes"]), "next_code": nats}
+    return {**count_codes(seen.long(), held_out.long(), codes), "next_code": nats}
 
 
 # -----------------------------------------------------------------------------
@@ -428,24 +463,27 @@ def learn_codes(key: str, models, load, train_arm, paths: list, seen: Tensor, se
 
 
 @torch.no_grad()
-def embed(variants: list, paths: list, frames: int, flatten: float, workers: int) -> list[dict]:
-    """For each variant of the models {name: (N, D)}, of a clip the means over windows of `frames`
-    that overlap by half; and "codes", a list of (L,). Clips are read once for all variants."""
+def embed(variants: list, paths: list, workers: int) -> list[dict]:
+    """For each variant of the models {name: (N, D)}, of a clip the means over windows that overlap
+    by half; and "codes", a list of (L,). Clips are read once for all variants."""
     found, front = [{} for _ in variants], variants[0]["front"]
+    length, step = front.frames // 2, front.frames // 4  # of a window, in codes
     for waveform in in_background(partial(read_audio, sample_rate=SAMPLE_RATE), paths, workers):
         waveform = waveform.repeat(math.ceil(WINDOW_SECONDS * SAMPLE_RATE / len(waveform)))
-        log_mel = to_log_mel(front, waveform[None].to(front.mean.device))  # (1, F, T)
-        windows = log_mel[0].unfold(1, frames, frames // 2).transpose(0, 1)  # (n, F, frames)
+        log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
+        windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)
         for models, rows in zip(variants, found):
-            tokenizer, h = models["tokenizer"], models.eval()["encoder"](windows).mean(0)
-            vectors = tokenizer[0](to_slices(log_mel, flatten))
-            codes = torch.cdist(vectors, tokenizer.centroids).argmin(1)  # (L,)
-            states = models["code_model"].states(codes.unfold(0, frames // 2, frames // 4))
-            state = states[:, 1:].mean((0, 1))  # (n, L + 1, D) -> (D,)
-            counts = codes.bincount(minlength=len(tokenizer.centroids))
+            h = models.eval()["encoder"](windows).mean(0)  # (n, F, frames) -> (D,)
+            codes, size = models["tokenizer"].codes(log_mel), len(models["tokenizer"].centroids)
+            layers = models["code_model"].states(codes.unfold(0, length, step))
+            *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)
+            both = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
-                   "code histogram": counts / len(codes), "contrastive": h, "generative": state,
-                   "both": torch.cat([h, state]), "codes": codes.short()}  # fmt: skip
+                   "code histogram": codes.bincount(minlength=size) / len(codes),
+                   "contrastive": h, "generative": mean, "generative, mean + sd": both,
+                   "generative, last position": layers[-1][:, -1].mean(0),
+                   "both": torch.cat([h, both]), "codes": codes.short()}  # fmt: skip
+            new |= {f"generative, layer {i + 1}": x for i, x in enumerate(means)}
             for name, value in new.items():
                 rows.setdefault(name, []).append(value.cpu())
     return [{k: v if k == "codes" else torch.stack(v) for k, v in rows.items()} for rows in found]
@@ -479,61 +517,59 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
 
 
 def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, train_arm,
-            settings: dict, workers: int, picture: Path | None):  # fmt: skip
+            learn, objectives: list, families: list, temperature: float, classes: list,
+            workers: int, picture: Path | None):  # fmt: skip
     """All rows of a seed and a split, and what --predict needs; draws the picture, if asked to."""
     models, random, labelled = build(), build(), build()
-    front, paths, objectives = models["front"], [clip[0] for clip in clips], settings["objectives"]
-    frames = round(WINDOW_SECONDS * SAMPLE_RATE / settings["hop_length"])
+    front, paths, known = models["front"], [clip[0] for clip in clips], {}
     fit, test = torch.from_numpy(parts == "train"), torch.from_numpy(parts == "test")
     seen = ~test  # pre-trained on and fitted to; the part "valid" only chooses what is kept
     load = partial(load_batch, clips=[c for c, s in zip(clips, seen) if s], targets=targets[seen])
     x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
     front.mean.copy_(x.mean()), front.sd.copy_(x.std())
-    view = partial(make_views, front=front, frames=frames, families=settings["views"])
+    view = partial(make_views, front=front, families=families)
     contrast = lambda network, waveform, _: nt_xent(
-        *network(view(waveform.repeat(2, 1))).chunk(2), settings["temperature"])
+        *network(view(waveform.repeat(2, 1))).chunk(2), temperature)  # fmt: skip
     classify = lambda network, waveform, truth: F.cross_entropy(network(view(waveform)), truth)
     encoder = lambda of, head: nn.Sequential(of["encoder"], of[head])
     if "contrastive" in objectives:
         train_arm(f"{key} contrastive", encoder(models, "projector"), contrast, load)
-    if targets.shape[1]:
+    if classes:
         train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
-    known, learn = {}, partial(train_arm, batch_size=settings["sequences"])
     if "generative" in objectives:
-        known = learn_codes(key, models, load, learn, paths, seen, settings, frames, workers)
+        known = learn(key, models, load, paths=paths, seen=seen)
         print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     random["tokenizer"] = labelled["tokenizer"] = models["tokenizer"]
-    ours, chance, other = embed([models, random, labelled], paths, frames, settings["flatten"],
-                                workers)  # fmt: skip
+    ours, chance, other = embed([models, random, labelled], paths, workers)
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": chance["contrastive"], "contrastive": ours["contrastive"]}
     if "generative" in objectives:
-        features |= {"code histogram": ours["code histogram"], "generative": ours["generative"],
-                     "random Transformer": chance["generative"]}  # fmt: skip
+        features["code histogram"] = ours["code histogram"]
+        for name in (name for name in ours if name.startswith("generative")):
+            features[name.replace("generative", "random Transformer")] = chance[name]
+            features[name] = ours[name]
     features |= {"both": ours["both"]} if len(objectives) == 2 else {}
-    for name, x in features.items() if targets.shape[1] else ():
+    for name, x in features.items() if classes else ():
         layer, trial = (linear_probe(x[mask], targets[mask], WEIGHT_DECAY) for mask in (seen, fit))
         rows.append({"row": name, **score(layer(x[test]), targets[test])})
         rows[-1] |= known if name == "generative" else {}
         loss = F.cross_entropy(trial(x[seen & ~fit]), targets[seen & ~fit]).item()
-        if name in (*objectives, "both") and loss < kept["loss"]:
+        if name.split(",")[0] in (*objectives, "both") and loss < kept["loss"]:
             kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
             found = layer(x[test]).argmax(1)
-    if not targets.shape[1]:
+    if not classes:
         return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
     logits = labelled["classifier"].cpu().requires_grad_(False)(other["contrastive"][test])
     rows.append({"row": "supervised", **score(logits, targets[test])})
     if picture:
-        i, tokenizer = test.nonzero()[0].item(), models["tokenizer"].cpu()
-        clip = to_log_mel(front.cpu(), read_audio(paths[i], SAMPLE_RATE)[None])[0]  # (F, T)
-        slices = tokenizer[1](tokenizer.centroids[ours["codes"][i].long()]).detach()  # (L, 2 F)
+        i, models = test.nonzero()[0].item(), models.cpu()
+        clip, codes = models["front"](read_audio(paths[i], SAMPLE_RATE)[None]), ours["codes"][i]
         write_whole(picture, partial(
-            draw, features={name: x[test] for name, x in features.items()}, clip=clip, found=found,
-            truth=targets[test].argmax(1), classes=settings["classes"], codes=ours["codes"][i],
-            decoded=slices.unflatten(1, (BANDS, 2)).transpose(0, 1).flatten(1)
-            + settings["flatten"] * clip.mean(1, keepdim=True),
+            draw, features={name: x[test] for name, x in features.items()}, found=found,
+            truth=targets[test].argmax(1), classes=classes, clip=clip[0], codes=codes,
+            decoded=models["tokenizer"].decode(codes.long(), clip).detach(),
             title=f"{kept['row']}, {key}"))  # fmt: skip
     return rows, kept
 
@@ -575,41 +611,33 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
 # Main
 
 
-def build_models(seed: int, settings: dict, device) -> nn.ModuleDict:
-    """Everything with weights, equal for equal seeds: all arms and rows start alike."""
-    torch.manual_seed(random_key("weights", seed))
-    s, D = settings, EMBEDDING
-    stack = lambda a, b, c, d: nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(),
-                                             nn.Linear(c, d))  # fmt: skip
-    models = nn.ModuleDict({
-        "front": LogMel(SAMPLE_RATE, 512, s["hop_length"], BANDS, 400, 60, 7800, floor=1e-3),
-        "encoder": Encoder(s["width"]), "classifier": nn.Linear(D, max(1, len(s["classes"]))),
+def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: float,
+                context: int, transformer: tuple, **_) -> nn.ModuleDict:  # fmt: skip
+    """Everything with weights, out of a run's arguments, of which there are more (_)."""
+    D = EMBEDDING
+    return nn.ModuleDict({
+        "front": FrontEnd(hop_length), "encoder": Encoder(width),
         "projector": nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(),
                                    nn.Linear(D, 128)),
-        "tokenizer": nn.Sequential(stack(2 * BANDS, 512, 256, 64), stack(64, 256, 512, 2 * BANDS)),
-        "code_model": CodeModel(s["codes"], s["context"], *s["transformer"])})  # fmt: skip
-    for name in ("mean", "sd"):  # of the log-mel
-        models["front"].register_buffer(name, torch.ones(()))
-    models["tokenizer"].register_buffer("centroids", torch.zeros(s["codes"], 64))
-    return models.to(device)
+        "classifier": nn.Linear(D, max(1, classes)), "tokenizer": Tokenizer(codes, flatten),
+        "code_model": CodeModel(codes, context, *transformer)})  # fmt: skip
 
 
 def predict(files: list, out: Path, device, workers: int):
     """Prints the three likeliest classes of each file."""
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
-    kept, settings = state["kept"], state["settings"]
+    kept, classes = state["kept"], state["classes"]
     if not kept.get("row"):
         die(f"{out}/checkpoint.pt: no probe is fitted yet (--resume), or there were no classes")
     usable = list(scan_audio(files, SAMPLE_RATE, 0.1, workers)) or die("no file can be used")
-    models = build_models(0, settings, device)
+    models = make_models(len(classes), **state["args"]).to(device)
     models.load_state_dict(kept["models"])
-    frames = round(WINDOW_SECONDS * SAMPLE_RATE / settings["hop_length"])
-    features = embed([models], usable, frames, settings["flatten"], 0)[0][kept["row"]]
+    features = embed([models], usable, 0)[0][kept["row"]]
     print(f"model  {kept['row']}, {kept['key']}")
     chances = F.linear(features, kept["probe"]["weight"], kept["probe"]["bias"]).softmax(1)
     for path, chance in zip(usable, chances):
         best = zip(*[column[:3].tolist() for column in chance.sort(descending=True)])
-        print(f"{path}: " + ", ".join(f"{settings['classes'][c]} {p:.2f}" for p, c in best))
+        print(f"{path}: " + ", ".join(f"{classes[c]} {p:.2f}" for p, c in best))
 
 
 def main(args: argparse.Namespace):
@@ -633,7 +661,7 @@ def main(args: argparse.Namespace):
     classes = sorted({name for clip in clips for name in clip[2]})
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
-    state["settings"], rows_of = vars(args) | {"classes": classes}, state.setdefault("rows", {})
+    state["classes"], rows_of = classes, state.setdefault("rows", {})
     parts, table = np.array([part for *_, part in clips]), []
     folds = sorted(set(parts) - {"train", "valid", "test"})
     splits = {f"fold {fold}": np.select([parts == fold, parts == valid], ["test", "valid"], "train")
@@ -641,14 +669,24 @@ def main(args: argparse.Namespace):
     splits = splits or {"official split": parts}
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state, checkpoint=checkpoint)  # fmt: skip
+    count, restarts = args.dictionary
+    learn = partial(learn_codes, train_arm=partial(train_arm, batch_size=args.sequences),
+                    count=count, restarts=restarts, context=args.context, workers=args.workers)
+
+    def build(seed):
+        """The models; all arms and rows of a seed start from the same weights."""
+        torch.manual_seed(random_key("weights", seed))
+        return make_models(len(classes), **vars(args)).to(device)
+
     for seed in dict.fromkeys(args.seed):
-        build, rows = partial(build_models, seed, state["settings"], device), []
-        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in build().items()}
+        rows = []
+        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in build(seed).items()}
         print("model  " + ", ".join(f"{k} {n}" for k, n in sizes.items() if n) + f" on {device}")
         for split, parts in splits.items():
             if (key := f"seed {seed} {split}") not in rows_of:
                 rows_of[key], kept = compare(
-                    key, clips, targets, parts, build, train_arm, state["settings"], args.workers,
+                    key, clips, targets, parts, partial(build, seed), train_arm, learn, args.objectives,
+                    args.views, args.temperature, classes, args.workers,
                     None if state["kept"] else out / "sounds.png")  # fmt: skip
                 state["kept"], state["arms"] = state["kept"] or kept, {}
                 write_whole(checkpoint, partial(torch.save, state))

@@ -56,7 +56,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
-    "steps": (500, 600, 9000000, "optimiser steps of every trained arm (paper: 1000 epochs)"),
+    "steps": (400, 600, 9000000, "optimiser steps of every trained arm (paper: 1000 epochs)"),
     "batch_size": (32, 32, 32, "notes in a step"),
     "lr": (1e-3, 1e-3, 1e-6, "peak learning rate of one cycle (paper: constant)"),
     "label_counts": ((200, 800), (500, 1000, 3000, 5000, 10000), (500, 1000, 3000, 5000, 10000),
@@ -167,8 +167,7 @@ def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
     path = folder / f"nsynth-{split}/audio/{name}.wav"
     if not path.exists():
         note = make_note(family, instrument, pitch, velocity, rng)
-        soundfile.write(path.with_suffix(".tmp"), note, RATE, format="WAV")
-        path.with_suffix(".tmp").rename(path)
+        write_whole(path, lambda p: soundfile.write(p, note, RATE, format="WAV"))
     return name, {"pitch": pitch, "velocity": velocity, "instrument": instrument,
                   "instrument_family": FAMILIES.index(family)}  # fmt: skip
 
@@ -396,38 +395,39 @@ def pitch_error(output: Tensor, pitch: Tensor) -> Tensor:
 # Training: one loop for all arms; only the loss differs.
 
 
-def train(arm: str, model: nn.Module, loss_of, notes: list, args, state: dict, shuffled=True):
+def train(arm: str, model: nn.Module, loss_of, notes: list, seconds: float, batch_size: int,
+          steps: int, lr: float, workers: int, state: dict, checkpoint: Path, shuffled=True):
     """Trains the model in place with loss_of(output, permutation, choice, family, pitch)."""
     rank, size = rank_and_size()
-    items = range(rank * args.batch_size // size, (rank + 1) * args.batch_size // size)
-    load = partial(load_batch, items=items, arm=arm, notes=notes, seconds=args.view_seconds,
+    items = range(rank * batch_size // size, (rank + 1) * batch_size // size)
+    load = partial(load_batch, items=items, arm=arm, notes=notes, seconds=seconds,
                    n=math.prod(model.grid), fixed=model.fixed.cpu())  # fmt: skip
-    device, recent = next(model.parameters()).device, deque(maxlen=20)
+    device, history = next(model.parameters()).device, deque(maxlen=20)
+    print(f"model  {arm}: {sum(p.numel() for p in model.parameters())} parameters on {device}")
     for batch, network, update in training(
-            arm, model, args.lr, args.steps, args.batch_size, load, args.workers, state,
-            args.out / "checkpoint.pt",
-            lambda: f"loss {sum(recent) / len(recent):.4f}"):  # fmt: skip
+            arm, model, lr, steps, batch_size, load, workers, state, checkpoint,
+            lambda: f"loss {torch.stack(list(history)).mean():.4f}"):  # fmt: skip
         waveform, permutation, *labels = (tensor.to(device) for tensor in batch)
         patches = model.patches(waveform)  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
         loss = loss_of(output, permutation, *labels)
         update(loss)
-        recent.append(loss.detach())
+        history.append(loss.detach())
 
 
 # -----------------------------------------------------------------------------
 # Evaluation. Letters: N notes, D features; labels (N, 3) are family, instrument, pitch.
 
 
-def pretext_metrics(model: nn.Module, loss_of, notes: list, args) -> dict:
+def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, workers: int) -> dict:
     """How notes that the model was not trained on are ordered: the fraction of patches at exactly
     their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     device, n, parts = next(model.parameters()).device, math.prod(model.grid), []
-    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=args.view_seconds, n=n,
+    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=seconds, n=n,
                    fixed=model.fixed.cpu())  # fmt: skip
     batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
-    for batch in in_background(load, batches, args.workers):
+    for batch in in_background(load, batches, workers):
         waveform, permutation, choice, *_ = (tensor.to(device) for tensor in batch)
         output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
         grad = torch.autograd.grad(loss_of(output.requires_grad_(), permutation, choice), output)[0]
@@ -439,12 +439,13 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, args) -> dict:
 
 
 @torch.no_grad()
-def embed(models: dict, notes: list, device, args) -> dict[str, Tensor]:
+def embed(models: dict, notes: list, seconds: float, workers: int) -> dict[str, Tensor]:
     """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
     deviation of the log spectrum over time; as "chance" a constant."""
-    load = partial(load_view, start=0.0, seconds=min(4.0, 2 * args.view_seconds))
-    waveforms = in_background(load, [note.path for note in notes], args.workers)
+    load = partial(load_view, start=0.0, seconds=min(4.0, 2 * seconds))
+    waveforms = in_background(load, [note.path for note in notes], workers)
     features = {name: [] for name in ("chance", "statistics", *models)}
+    device = next(next(iter(models.values())).parameters()).device
     while batch := [waveform for _, waveform in zip(range(32), waveforms)]:
         waveform = torch.stack(batch).to(device)
         for name, model in models.items():
@@ -509,44 +510,40 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
     return metrics, (family, pitch), family_loss + pitch_loss
 
 
-def compare(seed: int, notes: dict, device, args, state: dict) -> list[dict]:
-    """Trains all arms of a seed and scores them beside the baselines: the rows of the table."""
-    order = np.random.default_rng(seed).permutation(len(notes["train"]))
-    labelled = [notes["train"][i] for i in order[: max(args.label_counts)]]
-    counts = sorted({min(count, len(labelled)) for count in args.label_counts} - {0})
-    everything, models, sizes, pretext = notes["train"] + notes["unlabelled"], {}, {}, {}
+def pretrain(seed: int, notes: dict, labelled: list, counts: list, build, train_arm,
+             losses: list, grids: list, temperature: float, measure) -> tuple[dict, dict]:
+    """Trains all arms of a seed: {row: network}, and {row: metrics of the pretext task}."""
+    everything, models, pretext = notes["train"] + notes["unlabelled"], {}, {}
     supervised = lambda output, _, __, family, pitch: (
         pitch_error(output[:, 0], pitch) + F.cross_entropy(output[:, 1:], family))  # fmt: skip
-
-    def build(name, *size):
-        """A network; all of a seed start from the same weights."""
-        torch.manual_seed(random_key("weights", seed))
-        models[name], sizes[name] = ContextFreeNetwork(*size).to(device), size
-        weights = sum(p.numel() for p in models[name].parameters())
-        print(f"model  {name}: {weights} parameters on {device}, seed {seed}")
-        return models[name]
-
-    for bands, slices in zip(args.bands, args.slices):
-        grid, size = f" {bands}x{slices}" * (len(args.bands) > 1), (args.network, bands, slices)
-        build("random encoder" + grid, *size)
+    for bands, slices in grids:
+        grid = f" {bands}x{slices}" * (len(grids) > 1)
+        models["random encoder" + grid] = build(seed, bands, slices)
         for count in counts:
-            name = f"supervised{grid}, {count} labels"
-            train(f"{name}, seed {seed}", build(name, *size, 0, 1 + len(FAMILIES)), supervised,
-                  labelled[:count], args, state, shuffled=False)  # fmt: skip
-        for loss in args.losses:
-            name = loss + grid
-            model = build(name, *size, args.fixed_permutations * (loss == "classification"))
-            loss_of = lambda output, permutation, choice, *_: LOSSES[loss](
-                output, permutation + 1.0, choice, args.temperature)  # fmt: skip
-            train(f"{name}, seed {seed}", model, loss_of, everything, args, state)
-            pretext[name] = pretext_metrics(model, loss_of, notes["valid"], args)
+            row = f"supervised{grid}, {count} labels"
+            models[row] = build(seed, bands, slices, outputs=1 + len(FAMILIES))
+            train_arm(f"{row}, seed {seed}", models[row], supervised, labelled[:count],
+                      shuffled=False)  # fmt: skip
+        for loss in losses:
+            row, of = loss + grid, LOSSES[loss]
+            models[row] = build(seed, bands, slices, fixed=loss == "classification")
+            loss_of = lambda output, permutation, choice, *_: of(
+                output, permutation + 1.0, choice, temperature)  # fmt: skip
+            train_arm(f"{row}, seed {seed}", models[row], loss_of, everything)
+            pretext[row] = measure(models[row], loss_of, notes["valid"])
+    return models, pretext
+
+
+def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
+            hidden: int, seconds: float, workers: int) -> tuple[list[dict], dict]:  # fmt: skip
+    """Scores networks beside the baselines: the rows of a seed, and what --predict needs."""
     if not counts:
-        return [{"row": name, **metrics} for name, metrics in pretext.items()]
+        return [{"row": name, **metrics} for name, metrics in pretext.items()], {}
     players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
-    x, labels, rows, best = {}, {}, [], math.inf
+    x, labels, rows, kept, best = {}, {}, [], {}, math.inf
     for split in ("train", "valid", "unseen", "seen"):
         part = labelled if split == "train" else notes[split]
-        x[split] = embed(models, part, device, args)
+        x[split] = embed(models, part, seconds, workers)
         labels[split] = torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
                                       for note in part])  # fmt: skip
     for count in counts:
@@ -556,16 +553,16 @@ def compare(seed: int, notes: dict, device, args, state: dict) -> list[dict]:
                 continue
             torch.manual_seed(random_key("heads", seed))
             mine = {split: features[name] for split, features in x.items()}
-            metrics, heads, error = score(mine, labels, count, args.hidden, len(players))
+            metrics, heads, error = score(mine, labels, count, hidden, len(players))
             rows += [{"row": f"{row}, {split}", **values,
                       **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
                      for split, values in metrics.items()]  # fmt: skip
-            if name in pretext and error < best and seed == args.seed[0]:
-                best = error
-                state["kept"] = {"arm": f"{name}, seed {seed}", "size": sizes[name],
-                                 "head": (mine["train"].shape[1], args.hidden),
-                                 "heads": [head.state_dict() for head in heads]}  # fmt: skip
-    return rows
+            if name in pretext and error < best:
+                best, model = error, models[name]
+                kept = {"arm": f"{name}, seed {seed}", "size": (*model.grid, len(model.fixed)),
+                        "head": (mine["train"].shape[1], hidden),
+                        "heads": [head.state_dict() for head in heads]}  # fmt: skip
+    return rows, kept
 
 
 @torch.no_grad()
@@ -610,9 +607,9 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor)
 
 def load_kept(state: dict, device) -> nn.Module:
     """The network of those in a checkpoint that was best on validation."""
-    model = ContextFreeNetwork(*state["kept"]["size"]).to(device).eval()
+    model = ContextFreeNetwork(state["args"]["network"], *state["kept"]["size"])
     model.load_state_dict(state["arms"][state["kept"]["arm"]])
-    return model
+    return model.to(device).eval()
 
 
 @torch.no_grad()
@@ -625,8 +622,8 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     notes = [Note(path, s) for path, s in scan_audio(files, RATE, 0.25, workers).items()]
     if not notes:
         die("none of these files can be used")
-    args = argparse.Namespace(**{**state["args"], "workers": workers})
-    x, answers = embed({"kept": load_kept(state, device)}, notes, device, args)["kept"], []
+    model, answers = load_kept(state, device), []
+    x = embed({"kept": model}, notes, state["args"]["view_seconds"], workers)["kept"]
     for outputs, weights in zip((len(FAMILIES), 1), state["kept"]["heads"]):
         head = make_head(*state["kept"]["head"], outputs)
         head.load_state_dict(weights)
@@ -645,26 +642,45 @@ def main(args: argparse.Namespace):
         return predict(args.predict, args.out / "checkpoint.pt", device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
-    args.out, rows = Path(args.out), state.setdefault("rows", {})
-    folder = Path(args.data or args.out / "audio")
+    out, rows = Path(args.out), state.setdefault("rows", {})
+    folder, seconds, workers = Path(args.data or out / "audio"), args.view_seconds, args.workers
     if not args.data and rank_and_size()[0] == 0:
-        write_notes(folder, args.workers)
+        write_notes(folder, workers)
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's notes
-    notes = load_notes(folder, args.workers)
-    for seed in map(str, args.seed):
-        if seed not in rows:
-            rows[seed] = compare(int(seed), notes, device, args, state)
-            write_whole(args.out / "checkpoint.pt", partial(torch.save, state))
+    notes = load_notes(folder, workers)
+
+    def build(seed, bands, slices, fixed=False, outputs=0):
+        """A network; all of a seed start from the same weights."""
+        torch.manual_seed(random_key("weights", seed))
+        return ContextFreeNetwork(args.network, bands, slices, args.fixed_permutations * fixed,
+                                  outputs).to(device)  # fmt: skip
+
+    train_arm = partial(train, seconds=seconds, batch_size=args.batch_size, steps=args.steps,
+                        lr=args.lr, workers=workers, state=state,
+                        checkpoint=out / "checkpoint.pt")  # fmt: skip
+    measure = partial(pretext_metrics, seconds=seconds, workers=workers)
+    for seed in args.seed:
+        if str(seed) in rows:
+            continue
+        order = np.random.default_rng(seed).permutation(len(notes["train"]))
+        labelled = [notes["train"][i] for i in order[: max(args.label_counts)]]
+        counts = sorted({min(count, len(labelled)) for count in args.label_counts} - {0})
+        models, pretext = pretrain(seed, notes, labelled, counts, build, train_arm, args.losses,
+                                   list(zip(args.bands, args.slices)), args.temperature, measure)
+        rows[str(seed)], kept = compare(seed, models, pretext, notes, labelled, counts,
+                                        args.hidden, seconds, workers)  # fmt: skip
+        state["kept"] = state["kept"] or kept
+        write_whole(out / "checkpoint.pt", partial(torch.save, state))
     table = [rows[str(seed)] for seed in args.seed]
-    means = report(table, args.out / "results.json", state["args"], round(time.time() - began, 1))
+    means = report(table, out / "results.json", state["args"], round(time.time() - began, 1))
     if state["kept"] and rank_and_size()[0] == 0:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
-        views = torch.stack([load_view(note.path, 0.0, args.view_seconds) for note in shown])
-        write_whole(args.out / "permutation.png", partial(
+        views = torch.stack([load_view(note.path, 0.0, seconds) for note in shown])
+        write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
             waveform=views.to(device)))  # fmt: skip
-    end_run(args.out, "permutation.png", began)
+    end_run(out, "permutation.png", began)
 
 
 if __name__ == "__main__":
