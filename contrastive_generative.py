@@ -53,7 +53,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as it is known.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
-    "steps": (150, 150, 16000, "optimiser steps of every trained arm"),
+    "steps": (150, 300, 16000, "optimiser steps of every trained arm"),
     "batch_size": (64, 64, 256, "N: clips in a step, two views of each"),
     "sequences": (64, 32, 64, "clips, or code sequences, in a step of the generative half"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
