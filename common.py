@@ -37,6 +37,10 @@ def die(message: str):
     raise SystemExit(2)
 
 
+class AudioError(ValueError):
+    """A file that cannot be used as audio, and why."""
+
+
 # -----------------------------------------------------------------------------
 # Audio in. Letters: S samples.
 
@@ -83,7 +87,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     Returns:
         (S,) float32, the mean of the channels; shorter than asked where the file ends.
     Raises:
-        ValueError: the file is missing, unreadable, empty there, or holds NaN or infinity.
+        AudioError: the file is missing, unreadable, empty there, or holds NaN or infinity.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -97,10 +101,10 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
                 samples = file.read(frames, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
         missing = not Path(path).is_file()
-        raise ValueError(f"{path}: {'no such file' if missing else error}") from None
+        raise AudioError(f"{path}: {'no such file' if missing else error}") from None
     waveform = torch.from_numpy(samples.mean(1))  # (S, channels) -> (S,)
     if len(waveform) == 0 or not waveform.isfinite().all():
-        raise ValueError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
+        raise AudioError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
     return waveform if source_rate == sample_rate else resample(waveform, source_rate, sample_rate)
 
 
@@ -108,7 +112,7 @@ def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]
     """Reads a whole file: its seconds, and the reason why it cannot be used ('' if it can)."""
     try:
         waveform = read_audio(path, sample_rate)
-    except ValueError as error:
+    except AudioError as error:
         return 0.0, str(error)
     seconds = len(waveform) / sample_rate
     if seconds < min_seconds:
@@ -388,6 +392,17 @@ def start_run(device: str = "") -> torch.device:
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return torch.device(chosen)
+
+
+def run(main, args):
+    """main(args), with one line for what would end it in a traceback though the program is right:
+    Ctrl-C, and a file that could be read when the run began and cannot be read any more."""
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
+    except AudioError as error:  # of a worker, with the worker's traceback before the last line
+        die(str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2])
 
 
 def rank_and_size() -> tuple[int, int]:

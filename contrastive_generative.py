@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torchaudio.datasets import gtzan
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
-                    make_folder, open_run, random_key, rank_and_size, read_audio, report,
+                    make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
                     scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -699,7 +699,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
+    run(main, parse_args())

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
-                    make_folder, open_run, random_key, rank_and_size, read_audio, report,
+                    make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
                     scan_audio, soft_rank, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -684,7 +684,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
+    run(main, parse_args())

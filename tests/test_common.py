@@ -92,6 +92,23 @@ def test_unusable_files_raise_one_line_that_names_them(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_gone_in_the_middle_of_a_run_ends_it_in_one_line(tmp_path, capsys, workers):
+    soundfile.write(tmp_path / "here.wav", np.ones(100), 8000)
+    read = lambda name: len(common.read_audio(tmp_path / name, 8000))
+    names, heard = ["here.wav", "here.wav", "gone.wav", "here.wav"], []
+
+    def main(items):
+        for length in common.in_background(read, items, workers):
+            heard.append(length)
+
+    with pytest.raises(SystemExit) as ended:
+        common.run(main, names)
+    assert heard == [100, 100] and ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'gone.wav'}: no such file\n"
+
+
+
 def test_scan_keeps_the_usable_files_and_names_the_others(tmp_path, capsys):
     soundfile.write(tmp_path / "good.wav", np.sin(np.arange(16000)), 8000)
     soundfile.write(tmp_path / "short.wav", np.sin(np.arange(800)), 8000)
