@@ -61,8 +61,8 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning); the first five are flags
-    "steps": (250, 400, 6460, "optimiser steps of every trained arm"),
-    "batch_size": (16, 32, 32, "pairs of views in a step"),
+    "steps": (250, 800, 6460, "optimiser steps of every trained arm"),
+    "batch_size": (16, 16, 32, "pairs of views in a step"),
     "lr": (3e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
     "view_seconds": (8.0, 9.6, 13.6, "length of a view"),
     "left_out_folds": (1, 2, 2, "folds of songs, of 5, that are left out of training in turn"),
