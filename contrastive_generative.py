@@ -467,13 +467,15 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
     """For each variant of the models {name: (N, D)}, of a clip the means over windows that overlap
     by half; and "codes", a list of (L,). Clips are read once for all variants."""
     found, front = [{} for _ in variants], variants[0]["front"]
+    for models in variants:
+        models.eval()
     length, step = front.frames // 2, front.frames // 4  # of a window, in codes
     for waveform in in_background(partial(read_audio, sample_rate=SAMPLE_RATE), paths, workers):
         waveform = waveform.repeat(math.ceil(WINDOW_SECONDS * SAMPLE_RATE / len(waveform)))
         log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
         windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)
         for models, rows in zip(variants, found):
-            h = models.eval()["encoder"](windows).mean(0)  # (n, F, frames) -> (D,)
+            h = models["encoder"](windows).mean(0)  # (n, F, frames) -> (D,)
             codes, size = models["tokenizer"].codes(log_mel), len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
             *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,23 @@ def test_gtzan_has_the_published_counts_of_the_fault_filtered_split(tmp_path, mo
     assert [parts.count(name) for name in ("train", "valid", "test")] == [443, 197, 290] and len(
         parts
     ) == 930
+
+
+def test_embedding_many_clips_keeps_no_more_than_a_batch_of_them_in_memory(monkeypatch):
+    refs, alive = [], []
+
+    def load(path, sample_rate):
+        """Noise in place of a file, and how many of these are still held by somebody."""
+        waveform = torch.randn(2 * script.SAMPLE_RATE)
+        refs.append(weakref.ref(waveform))
+        alive.append(sum(ref() is not None for ref in refs))
+        return waveform
+
+    monkeypatch.setattr(script, "read_audio", load)
+    models = script.make_models(3, **vars(script.parse_args([])))
+    x = script.embed([models, models], ["file"] * 60, 0)[1]
+    assert x["both"].shape == (60, 512 + 2 * 128) and len(x["codes"]) == 60
+    assert len(alive) == 60 and max(alive) <= 3
 
 
 # The command

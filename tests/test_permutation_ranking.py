@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,23 @@ def test_a_batch_is_the_same_for_any_reader_and_short_notes_are_padded(folder):
     for whole, *parts in zip(load(range(4)), load(range(2)), load(range(2, 4))):
         assert torch.equal(whole, torch.cat(parts))
     assert P.load_view(min(notes, key=lambda n: n.seconds).path, 0.0, 1.0).shape == (16000,)
+
+
+def test_embedding_many_notes_keeps_no_more_than_a_batch_of_them_in_memory(monkeypatch):
+    refs, alive = [], []
+
+    def load(path, **_):
+        """Noise in place of a file, and how many of these are still held by somebody."""
+        waveform = torch.randn(P.RATE // 2)
+        refs.append(weakref.ref(waveform))
+        alive.append(sum(ref() is not None for ref in refs))
+        return waveform
+
+    monkeypatch.setattr(P, "load_view", load)
+    models = {"a": P.ContextFreeNetwork("small", 10, 1), "b": P.ContextFreeNetwork("small", 10, 1)}
+    x = P.embed(models, [P.Note("file", 1.0)] * 150, 0.25, 0)
+    assert x["a"].shape == (150, 640)
+    assert len(alive) == 150 and max(alive) <= 66
 
 
 # The command

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,23 @@ def test_a_generated_track_has_its_tempo_and_is_the_same_every_time(tmp_path):
     tempo.write_track(3, tmp_path / "again", RATE)
     again = (tmp_path / "again/track0003.wav").read_bytes()
     assert again == (tmp_path / "track0003.wav").read_bytes()
+
+
+def test_embedding_many_files_keeps_no_more_than_a_batch_of_them_in_memory(monkeypatch):
+    refs, alive = [], []
+
+    def load(path, **_):
+        """Noise in place of a file, and how many of these are still held by somebody."""
+        windows = torch.randn(3, 11025)
+        refs.append(weakref.ref(windows))
+        alive.append(sum(ref() is not None for ref in refs))
+        return windows
+
+    monkeypatch.setattr(tempo, "load_windows", load)
+    model = tempo.Periodicity(tempo.FluxViews(11025, 512, 1.0, 40, 50), 40)
+    h, clip = tempo.embed(model, ["file"] * 60, 0)
+    assert h.shape == (180, 97) and clip.tolist() == [i // 3 for i in range(180)]
+    assert len(alive) == 60 and max(alive) <= 3
 
 
 # The command
