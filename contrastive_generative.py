@@ -53,7 +53,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as it is known.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
-    "steps": (150, 300, 16000, "optimiser steps of every trained arm"),
+    "steps": (150, 200, 16000, "optimiser steps of every trained arm"),
     "batch_size": (64, 64, 256, "N: clips in a step, two views of each"),
     "sequences": (64, 32, 64, "clips, or code sequences, in a step of the generative half"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
@@ -479,12 +479,13 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
             codes, size = models["tokenizer"].codes(log_mel), len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
             *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)
-            both = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
+            spread = layers[-1][:, 1:].std((0, 1))
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
-                   "contrastive": h, "generative": mean, "generative, mean + sd": both,
+                   "contrastive": h, "generative": mean, "both": torch.cat([h, mean]),
+                   "generative, mean + sd": torch.cat([mean, spread]),
                    "generative, last position": layers[-1][:, -1].mean(0),
-                   "both": torch.cat([h, both]), "codes": codes.short()}  # fmt: skip
+                   "codes": codes.short()}  # fmt: skip
             new |= {f"generative, layer {i + 1}": x for i, x in enumerate(means)}
             for name, value in new.items():
                 rows.setdefault(name, []).append(value.cpu())

@@ -230,7 +230,7 @@ def test_embedding_many_clips_keeps_no_more_than_a_batch_of_them_in_memory(monke
     monkeypatch.setattr(script, "read_audio", load)
     models = script.make_models(3, **vars(script.parse_args([])))
     x = script.embed([models, models], ["file"] * 60, 0)[1]
-    assert x["both"].shape == (60, 512 + 2 * 128) and len(x["codes"]) == 60
+    assert x["both"].shape == (60, 512 + 128) and len(x["codes"]) == 60
     assert len(alive) == 60 and max(alive) <= 3
 
 
