@@ -45,10 +45,10 @@ class AudioError(ValueError):
 # Audio in. Letters: S samples.
 
 
-def find_audio(folder: Path) -> list[Path]:
-    """All audio files below a folder, sorted, without the litter that unpacking leaves."""
+def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
+    """All audio (or other) files below a folder, sorted, without the litter of unpacking."""
     found = [Path(where) / name for where, _, names in os.walk(folder, followlinks=True)
-             for name in names if Path(name).suffix.lower() in AUDIO]  # fmt: skip
+             for name in names if Path(name).suffix.lower() in suffixes]  # fmt: skip
     found = [f for f in found if f.name[:2] != "._"]
     return sorted(f for f in found if not {"__MACOSX", "images_original"} & set(f.parts))
 
@@ -384,8 +384,8 @@ def start_run(device: str = "") -> torch.device:
     try:
         if chosen == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         die(f"--device {chosen} cannot be used here: {str(error).splitlines()[0]}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if chosen == "cuda" else "gloo")
@@ -533,12 +533,14 @@ def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[
         row = {"row": same[0]["row"]}
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [k for k in same[0] if k != "row"]:
-            row[name] = same[0][name]
-            if not isinstance(row[name], float):  # a count, or - where there is none
+            values = [r[name] for r in same]
+            if not isinstance(values[0], float):  # a count, or - where there is none
+                several = len(set(values)) > 1
+                row[name] = f"{min(values)} to {max(values)}" if several else values[0]
                 continue
-            row[name] = float(np.mean([r[name] for r in same]))
+            row[name] = float(np.mean(values))
             if len(same) > 1:
-                row[f"{name}_sd"] = float(np.std([r[name] for r in same], ddof=1))
+                row[f"{name}_sd"] = float(np.std(values, ddof=1))
         rows.append(row)
     names = [k for k in rows[0] if k != "row" and not k.endswith("_sd")]
     width = max(len(r["row"]) for r in rows) + 2
