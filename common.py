@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import deque
 from fractions import Fraction
 from functools import lru_cache, partial
 from numbers import Real
@@ -465,31 +466,34 @@ def open_run(arguments: dict, made_by: str) -> dict:
 
 
 def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load, workers: int,
-             state: dict, checkpoint: Path, monitor):  # fmt: skip
+             state: dict, checkpoint: Path, monitor=None):  # fmt: skip
     """Yields (batch, network, update) for each step of an arm that is left to do; a script's loop
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA) and
     calls update(loss). Around it: AdamW on one cycle, clipped gradients, a seed for every step,
-    batches read ahead by load(step), a progress line with monitor(), and a checkpoint once a
-    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its
-    weights.
+    batches read ahead by load(step, items=those of this process), a progress line with monitor()
+    or the last losses, and a checkpoint once a minute, at the end of the arm and on Ctrl-C. A
+    finished arm yields nothing: the model gets its weights.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])
         return
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
+    (rank, size), losses = rank_and_size(), deque(maxlen=20)
+    load = partial(load, items=range(rank * clips // size, (rank + 1) * clips // size))
     first, began, saved, shown, stop = 0, time.time(), time.time(), 0.0, []
     if state["running"].get("arm") == arm:
         first = state["running"]["step"]
         model.load_state_dict(state["running"]["model"])
         optimiser.load_state_dict(state["running"]["optimiser"])
-    parallel, device = model.train(), next(model.parameters()).device.type
+    parallel, device = model.train(), next(model.parameters()).device
+    print(f"model  {arm}: {sum(p.numel() for p in model.parameters())} parameters on {device}")
     if dist.is_initialized():  # batch-norm statistics stay per rank
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
                                                        static_graph=True)  # fmt: skip
 
     def network(*inputs):
         """The model's output in float32, computed in bf16 on CUDA."""
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return parallel(*inputs).float()
 
     def update(loss):
@@ -502,15 +506,20 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
+        losses.append(loss.detach())
 
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
     for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
-        torch.manual_seed(random_key(arm, step, rank_and_size()[0]))
-        yield batch, network, update
+        torch.manual_seed(random_key(arm, step, rank))
+        yield [part.to(device) for part in batch], network, update
         done, now = step + 1 - first, time.time()
         if done == 1 or step + 1 == steps or now - shown > 20:
             shown, pace = now, done / (now - began)
-            print(f"step   {arm} {step + 1}/{steps} | {monitor()} | {pace * clips:.0f} clips/s | "
+            loss = torch.stack(list(losses)).mean().item()
+            if not math.isfinite(loss):
+                die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
+            text = monitor() if monitor else f"loss {loss:.4f}"
+            print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * clips:.0f} clips/s | "
                   f"{(steps - step - 1) / pace:.0f} s left", flush=True)  # fmt: skip
         if stop or now - saved > 60:
             saved = now

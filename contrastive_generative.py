@@ -33,7 +33,7 @@ import csv
 import math
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +67,9 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "flatten": (0.5, 0.0, 0.0, "share of a clip's mean spectrum taken from its slices"),
     "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "slices that k-means sees, its restarts"),
 }
-FLAGS = ("steps", "batch_size", "sequences", "lr", "temperature", "codes", "folds")
+LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
+          "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
+          "seed": (0, 2**32)}  # fmt: skip
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW_SECONDS, EXCERPT_SECONDS = 1.0, 2.5  # of a view; of what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
@@ -83,15 +85,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--objectives", nargs="+", default=objectives, choices=objectives, help="arms (all)")
     add("--views", nargs="+", default=["sound"], choices=["sound", "image", "flip"], help="(sound)")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
-    for name in FLAGS:
-        *columns, meaning = HYPER_PARAMETERS[name]
-        help = f"{meaning} (demo {columns[0]}, data {columns[1]}, paper {columns[2]})"
-        add("--" + name.replace("_", "-"), type=type(columns[2]), help=help)
+    for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
+        if name in LIMITS:
+            add("--" + name.replace("_", "-"), type=type(paper),
+                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
     add("--out", type=Path, default=Path("out/contrastive_generative"), metavar="DIR")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
-    add("--workers", type=int, default=2, choices=range(65), metavar="N",
-        help="processes that read audio; changes no result")  # fmt: skip
+    add("--workers", type=int, default=2, help="processes that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
     args = parser.parse_args(argv)
@@ -99,8 +100,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, columns in HYPER_PARAMETERS.items():
         given = getattr(args, name, None)
         setattr(args, name, columns[column] if given is None else given)
-        if name in FLAGS and not 0 < getattr(args, name) < 10**8:
-            parser.error(f"--{name.replace('_', '-')} must be above 0 and below 1e8")
+    for name, (low, high) in LIMITS.items():
+        if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    args.objectives = list(dict.fromkeys(args.objectives))
     return args
 
 
@@ -145,7 +148,9 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     valid or test as the data set says; dies if there is nothing."""
     if not folder.is_dir():
         die(f"--data {folder}: no such folder; expected ESC-50, FSD50K, GTZAN or class folders")
-    paths, tables = find_audio(folder), {path.name: path for path in folder.rglob("*.csv")}
+    paths, tables = find_audio(folder), {f.name: f for f in find_audio(folder, {".csv"})}
+    if subset and "esc50.csv" not in tables:
+        die(f"--subset {subset}: no esc50.csv below {folder}")
     read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
     stems, genre = {path.stem: path for path in paths}, r"(\w+)[._](\d{5})"
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
@@ -156,7 +161,7 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
             layout, rows = "ESC-50, official folds", [
                 (find(row["filename"]), [row["category"]], row["fold"])
                 for row in read("esc50.csv") if not subset or row["esc10"] == "True"]  # fmt: skip
-        elif {"dev.csv", "eval.csv"} <= set(tables):
+        elif "dev.csv" in tables:
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
             layout, rows = "FSD50K, official split", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
@@ -170,21 +175,24 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
         else:  # each class will be dealt out to five folds
             layout = "class folders, stratified folds"
             rows = [(path, [path.parent.name], "") for path in paths]
-    except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
     sizes, dealt, clips = Counter(r[1][0] for r in rows if r[0] in usable), Counter(), []
+    single = [name for name in sizes if sizes[name] == 1]
+    scored = len(sizes) - len(single) > 1  # classes that can be told apart
     for path, names, part in [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]:
+        names = names if scored else [""]
         dealt[names[0]] += 1
-        if path in usable and sizes[names[0]] > 1:
-            part, names = part or str(dealt[names[0]] % 5 + 1), names if len(sizes) > 1 else []
-            clips.append((str(path), usable[path], names, part))
-    for name in [name for name in sizes if sizes[name] == 1]:
+        if path in usable and names[0] not in single:
+            clips.append((str(path), usable[path], names if scored else [],
+                          part or str(dealt[names[0]] % 5 + 1)))  # fmt: skip
+    for name in single if scored else ():
         print(f"skip   class {name}: one clip is too few to learn from and to test")
     counts = dict(sorted(Counter(part for *_, part in clips).items()))
-    if len(clips) < 8 or len(counts) < 2:
-        die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 2 parts are needed")
-    print(f"split  {layout if len(sizes) > 1 else 'no classes, no scores'}; clips by part {counts}")
+    if len(clips) < 8 or len(counts) < 3:  # train, valid and test
+        die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
+    print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}")
     return sorted(clips)
 
 
@@ -414,26 +422,21 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
           workers: int, state: dict, checkpoint: Path):  # fmt: skip
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
-    (rank, size), history = rank_and_size(), deque(maxlen=20)
-    items = range(rank * batch_size // size, (rank + 1) * batch_size // size)
-    for batch, network, update in training(
-            arm, model, lr, steps, batch_size, partial(load, arm=arm, items=items), workers, state,
-            checkpoint, lambda: f"loss {torch.stack(list(history)).mean():.4f}"):  # fmt: skip
-        loss = loss_of(network, *[part.to(next(model.parameters()).device) for part in batch])
-        update(loss)
-        history.append(loss.detach())
+    for batch, network, update in training(arm, model, lr, steps, batch_size,
+                                           partial(load, arm=arm), workers, state, checkpoint):
+        update(loss_of(network, *batch))
 
 
 def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, seen: Tensor,
-                count: int, restarts: int, context: int, workers: int) -> dict:  # fmt: skip
-    """The generative half, one part after the other: autoencoder, dictionary out of about `count`
-    slices, Transformer. Returns what is known of the codes; nats are of clips not seen."""
+                dictionary: tuple, context: int, workers: int) -> dict:  # fmt: skip
+    """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
+    Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, vectors = models["front"], models["tokenizer"], []
     rebuild = lambda network, waveform, _: F.mse_loss(
         network(x := tokenizer.slices(front(waveform))), x)  # fmt: skip
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    batches = math.ceil(count / 32 / front.frames / EXCERPT_SECONDS * WINDOW_SECONDS)
+    batches = math.ceil(dictionary[0] / 32 / front.frames / EXCERPT_SECONDS * WINDOW_SECONDS)
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
         for waveform, _ in in_background(load_more, range(batches), workers):
@@ -442,7 +445,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
             vectors.append(tokenizer.encoder(tokenizer.slices(log_mel)[loud]))
         torch.manual_seed(random_key(key, "k-means"))
         codes = len(tokenizer.centroids)
-        tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, restarts))
+        tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
     sequences = embed([models], paths, workers)[0]["codes"]
     seen, held_out = (nn.utils.rnn.pad_sequence(
         [part for c, use in zip(sequences, mask) if use for part in c.split(context)], True, -100)
@@ -580,18 +583,17 @@ def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, tr
 def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list, title: str,
          clip: Tensor, codes: Tensor, decoded: Tensor):  # fmt: skip
     """The PNG: embeddings of held-out clips, one of them as codes and back, the confusions."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # needs no display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    picture, (top, bottom) = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+    picture = Figure(figsize=(14, 8), layout="constrained")
+    top, bottom = picture.subplots(2, 3)
     for axis, name in zip(top, ("random VGG", "contrastive", "generative")):
         x = features.get(name, torch.zeros(len(truth), 2))
-        x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+        x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-6)
         x = x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T  # (N, 2), principal components
         for c, label in enumerate(classes):
-            axis.plot(*x[truth == c].T, ".", color=plt.cm.tab20(c % 20), label=label)
+            axis.plot(*x[truth == c].T, ".", color=colormaps["tab20"](c % 20), label=label)
         axis.set(title=f"{name}, PCA", xticks=[], yticks=[])
     for axis, name, image in ((bottom[0], "log-mel", clip), (bottom[1], "decoded", decoded)):
         axis.imshow(image, aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
@@ -672,9 +674,8 @@ def main(args: argparse.Namespace):
     splits = splits or {"official split": parts}
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state, checkpoint=checkpoint)  # fmt: skip
-    count, restarts = args.dictionary
     learn = partial(learn_codes, train_arm=partial(train_arm, batch_size=args.sequences),
-                    count=count, restarts=restarts, context=args.context, workers=args.workers)
+                    dictionary=args.dictionary, context=args.context, workers=args.workers)
 
     def build(seed):
         """The models; all arms and rows of a seed start from the same weights."""
@@ -682,23 +683,21 @@ def main(args: argparse.Namespace):
         return make_models(len(classes), **vars(args)).to(device)
 
     for seed in dict.fromkeys(args.seed):
-        rows = []
-        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in build(seed).items()}
-        print("model  " + ", ".join(f"{k} {n}" for k, n in sizes.items() if n) + f" on {device}")
+        table.append([])
         for split, parts in splits.items():
             if (key := f"seed {seed} {split}") not in rows_of:
                 rows_of[key], kept = compare(
-                    key, clips, targets, parts, partial(build, seed), train_arm, learn, args.objectives,
-                    args.views, args.temperature, classes, args.workers,
+                    key, clips, targets, parts, partial(build, seed), train_arm, learn,
+                    args.objectives, args.views, args.temperature, classes, args.workers,
                     None if state["kept"] else out / "sounds.png")  # fmt: skip
                 state["kept"], state["arms"] = state["kept"] or kept, {}
                 write_whole(checkpoint, partial(torch.save, state))
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):
             mean = {k: float(np.mean([row[k] for row in same])) for k in same[0] if k != "row"}
-            rows.append({"row": same[0]["row"], **mean, "clips": sum(row["clips"] for row in same)})
-        table.append(rows)
+            mean["clips"] = sum(row["clips"] for row in same)
+            table[-1].append({"row": same[0]["row"], **mean})
     report(table, out / "results.json", state["args"], round(time.time() - began, 1))
-    end_run(out, "sounds.png", began)
+    end_run(out, "sounds.png" if classes else "no picture", began)
 
 
 if __name__ == "__main__":

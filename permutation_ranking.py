@@ -36,7 +36,7 @@ import argparse
 import json
 import math
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -63,12 +63,12 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
                      "labelled notes, as far as the data go"),
     "network": ("small", "small", "alexnet", "see NETWORKS"),
     "view_seconds": (1.0, 1.0, 4.0, "part of a note that is shuffled; up to twice is embedded"),
-    "temperature": (1.0, 1.0, 1.0, "epsilon of soft_rank, sigma of fenchel_young (not published)"),
-    "fixed_permutations": (100, 100, 100, "classes of the classification arm"),
     "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
 }  # fmt: skip
-FLAGS = ("steps", "batch_size", "lr", "label_counts")
-RATE = 16000
+LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
+          "label_counts": (20, 10**7), "bands": (1, 60), "slices": (1, 12), "workers": (0, 64)}
+RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
+TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
 VERSION = "permutation_ranking 1"  # of the checkpoint's contents
@@ -83,11 +83,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--bands", type=int, nargs="+", default=[10], help="frequency bands (1: time slices only)")
     add("--slices", type=int, nargs="+", default=[1], help="time slices, one for each of --bands")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
-    for name in FLAGS:
-        *columns, meaning = HYPER_PARAMETERS[name]
-        help = f"{meaning} (demo {columns[0]}, data {columns[1]}, paper {columns[2]})"
-        kind = {"nargs": "+", "type": int} if name == "label_counts" else {"type": type(columns[2])}
-        add("--" + name.replace("_", "-"), help=help, **kind)
+    for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
+        kind = {"nargs": "+", "type": int} if name == "label_counts" else {"type": type(paper)}
+        if name in LIMITS:
+            add("--" + name.replace("_", "-"), **kind,
+                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
     add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -99,9 +99,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, columns in HYPER_PARAMETERS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, columns[("demo", "data", "paper").index(args.setting)])
-    for name, low, high in (("steps", 1, 10**8), ("batch_size", 2, 10**5), ("lr", 1e-9, 10),
-                            ("label_counts", 20, 10**7), ("bands", 1, 60), ("slices", 1, 12),
-                            ("workers", 0, 64)):  # fmt: skip
+    for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
     if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
@@ -188,7 +186,6 @@ def write_notes(folder: Path, workers: int):
 # -----------------------------------------------------------------------------
 # Data: NSynth on disk, or any folder of audio. Letters: B notes, S samples, n patches of H x W.
 
-
 Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, -1, -1))  # -1: none
 
 
@@ -201,22 +198,21 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     seconds = scan_audio(find_audio(folder), RATE, 0.25, workers)
     if not seconds:
         die(f"--data {folder}: no audio to use; {expected}")
-    notes, used = {"train": [], "valid": [], "test": []}, set()
-    for file in sorted(folder.rglob("examples.json")):
+    notes = {"train": [], "valid": [], "test": []}
+    for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         try:
             labels = {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
                       for name, r in json.loads(file.read_text()).items()}  # fmt: skip
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
+        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:
+            print(f"skip   {file}: not NSynth's labels ({type(e).__name__}: {e})")
             continue
         here = {path.stem: path for path in seconds if file.parent in path.parents}
         found = sorted(name for name, (family, _, pitch) in labels.items()
                        if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
         split = next((split for split in notes if split in file.parent.name), "train")
         notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
-        used |= {here[name] for name in found}
-        print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more have no audio")
-    if used and not all(notes.values()):  # part of the set
+        print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more without audio")
+    if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
         everything, tenth = sum(notes.values(), []), lambda n: random_key(n.instrument) % 10
         for split, tenths in (("train", range(7)), ("valid", (7,)), ("test", (8, 9))):
@@ -227,14 +223,18 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
               f"instruments, without {absent}")  # fmt: skip
     held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
-    notes["seen"] = [note for note in notes["train"] if held_out(note)][:2000]
+    thin = lambda part: part[:: -(-len(part) // 2000) or 1]  # at most 2000, of all families
+    notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
     notes["train"] = [note for note in notes["train"] if not held_out(note)]
-    notes["unseen"], notes["valid"] = notes.pop("test"), notes["valid"][:2000]
-    if not all(notes.values()):
+    notes["unseen"], notes["valid"] = notes.pop("test"), thin(notes["valid"])
+    if min(map(len, notes.values())) < 2:
         print("truth  no scores: these take labelled notes of several instruments")
-        notes, used = dict.fromkeys(notes, []), set()
-    notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in used]
-    notes["valid"] = notes["valid"] or notes["unlabelled"][::10]
+        notes = dict.fromkeys(notes, [])
+    used = {note.path for part in notes.values() for note in part}
+    notes["unlabelled"] = [Note(str(p), s) for p, s in seconds.items() if str(p) not in used]
+    if not notes["valid"]:  # every tenth, which is not trained on
+        rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
+        notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
     return notes
 
 
@@ -244,20 +244,16 @@ def load_view(path: str, start: float, seconds: float) -> Tensor:
     return F.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
 
 
-def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, n: int,
-               fixed: Tensor):  # fmt: skip
-    """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it.
-
-    Returns: (B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any;
-    (B,) which of these; (B,) family; (B,) pitch.
-    """
+def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, fixed: Tensor):
+    """(B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any; (B,)
+    which; (B,) family; (B,) pitch. Each item draws from (arm, step, item) alone, whoever reads."""
     columns = []
     for item in items:
         rng = np.random.default_rng(random_key(arm, step, item))
         note = notes[rng.integers(len(notes))]
         start = rng.uniform(0, max(0, min(1.0, note.seconds - seconds)))
         choice = int(rng.integers(max(1, len(fixed))))
-        permutation = fixed[choice] if len(fixed) else torch.tensor(rng.permutation(n))
+        permutation = fixed[choice] if len(fixed) else torch.tensor(rng.permutation(fixed.shape[1]))
         columns.append((load_view(note.path, start, seconds), permutation,
                         *torch.tensor([choice, note.family, note.pitch])))  # fmt: skip
     return [torch.stack(column) for column in zip(*columns)]
@@ -291,11 +287,10 @@ def distant_permutations(count: int, n: int) -> Tensor:
 
 # -----------------------------------------------------------------------------
 # Model. Letters: B notes, n patches of H x W, E features of a patch, D embedding size.
-
-
 # Both: (B, H, W) -> (B, E). In "small" the bins are the channels of convolutions over time, so that
 # it keeps where a partial lies. "alexnet" has the widths of Noroozi & Favaro 2016; stride 2 and
 # padding, for the stock one leaves nothing of patches of 51 bins.
+
 NETWORKS = {  # name: (encoder, E, width of the joint layer, dropout, frames averaged, embedding)
     "small": (lambda height: nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
@@ -327,7 +322,8 @@ class ContextFreeNetwork(nn.Module):
         self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
                                     nn.Linear(width, outputs or len(self.fixed) or n))  # fmt: skip
-        nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
+        if not outputs:
+            nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
 
     def patches(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, n, H, W), in order."""
@@ -355,7 +351,6 @@ class ContextFreeNetwork(nn.Module):
 
 def soft_rank_loss(theta: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """L = 0.5 || r_eps(theta) - y ||^2, soft ranks ascending; (B, n), (B, n) -> (), mean over B.
-
     Without gradient where sorted scores lie further apart than epsilon, in whatever order.
     """
     return 0.5 * (soft_rank(theta, epsilon) - y).square().sum(1).mean()
@@ -378,11 +373,12 @@ def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian")
     return (pairs * (y[:, :, None] > y[:, None])).sum((1, 2)).mean()
 
 
-LOSSES = {  # arm: loss of (output, ranks, which of the fixed permutations, temperature)
-    "soft_rank": lambda theta, y, choice, epsilon: soft_rank_loss(theta, y, epsilon),
-    "fenchel_young": lambda theta, y, choice, sigma: fenchel_young_loss(theta, y, sigma),
-    "mse": lambda theta, y, choice, _: 0.5 * (theta - y).square().sum(1).mean(),
-    "classification": lambda logits, y, choice, _: F.cross_entropy(logits, choice),
+# Of (output, ranks, which of the fixed permutations, family, pitch).
+LOSSES = {
+    "soft_rank": lambda theta, y, *_: soft_rank_loss(theta, y, TEMPERATURE),
+    "fenchel_young": lambda theta, y, *_: fenchel_young_loss(theta, y, TEMPERATURE),
+    "mse": lambda theta, y, *_: 0.5 * (theta - y).square().sum(1).mean(),
+    "classification": lambda logits, y, choice, *_: F.cross_entropy(logits, choice),
 }
 
 
@@ -391,28 +387,24 @@ def pitch_error(output: Tensor, pitch: Tensor) -> Tensor:
     return (output - (pitch - 60) / 10).square().mean()
 
 
+def supervised_loss(output: Tensor, y, choice, family: Tensor, pitch: Tensor) -> Tensor:
+    """Of pitch, output 0, and family, the logits behind it; (B, 12), (B,), (B,) -> ()."""
+    return pitch_error(output[:, 0], pitch) + F.cross_entropy(output[:, 1:], family)
+
+
 # -----------------------------------------------------------------------------
 # Training: one loop for all arms; only the loss differs.
 
 
 def train(arm: str, model: nn.Module, loss_of, notes: list, seconds: float, batch_size: int,
           steps: int, lr: float, workers: int, state: dict, checkpoint: Path, shuffled=True):
-    """Trains the model in place with loss_of(output, permutation, choice, family, pitch)."""
-    rank, size = rank_and_size()
-    items = range(rank * batch_size // size, (rank + 1) * batch_size // size)
-    load = partial(load_batch, items=items, arm=arm, notes=notes, seconds=seconds,
-                   n=math.prod(model.grid), fixed=model.fixed.cpu())  # fmt: skip
-    device, history = next(model.parameters()).device, deque(maxlen=20)
-    print(f"model  {arm}: {sum(p.numel() for p in model.parameters())} parameters on {device}")
-    for batch, network, update in training(
-            arm, model, lr, steps, batch_size, load, workers, state, checkpoint,
-            lambda: f"loss {torch.stack(list(history)).mean():.4f}"):  # fmt: skip
-        waveform, permutation, *labels = (tensor.to(device) for tensor in batch)
+    """Trains the model in place with loss_of(output, ranks 1..n, choice, family, pitch)."""
+    load = partial(load_batch, arm=arm, notes=notes, seconds=seconds, fixed=model.fixed.cpu())
+    for (waveform, permutation, *labels), network, update in training(
+            arm, model, lr, steps, batch_size, load, workers, state, checkpoint):  # fmt: skip
         patches = model.patches(waveform)  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
-        loss = loss_of(output, permutation, *labels)
-        update(loss)
-        history.append(loss.detach())
+        update(loss_of(output, permutation + 1.0, *labels))
 
 
 # -----------------------------------------------------------------------------
@@ -423,14 +415,15 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, work
     """How notes that the model was not trained on are ordered: the fraction of patches at exactly
     their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
-    device, n, parts = next(model.parameters()).device, math.prod(model.grid), []
-    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=seconds, n=n,
+    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=seconds,
                    fixed=model.fixed.cpu())  # fmt: skip
+    parts, n = [], model.fixed.shape[1]
     batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
-        waveform, permutation, choice, *_ = (tensor.to(device) for tensor in batch)
+        waveform, permutation, choice, *_ = (part.to(model.fixed.device) for part in batch)
         output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
-        grad = torch.autograd.grad(loss_of(output.requires_grad_(), permutation, choice), output)[0]
+        loss = loss_of(output.requires_grad_(), permutation + 1.0, choice)
+        grad = torch.autograd.grad(loss, output)[0]
         heard = model.order(output)
         tau = (sign(heard) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
         exact = (heard == permutation).float().mean(1)
@@ -487,12 +480,12 @@ def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int
 def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
     """Heads and linear probes from `count` notes of "train": the metrics of "unseen" and "seen",
     the heads of family and pitch, and their error on "valid". x: {split: (N, D)}."""
-    few, y = x["train"][:count], labels["train"][:count]
-    fit = lambda column, outputs, error, valid="valid": fit_head(
-        few, y[:, column], x[valid], labels[valid][:, column], hidden, outputs, error)  # fmt: skip
+    few, y, valid = x["train"][:count], labels["train"][:count], (x["valid"], labels["valid"])
+    fit = lambda column, outputs, error, valid=valid: fit_head(
+        few, y[:, column], valid[0], valid[1][:, column], hidden, outputs, error)  # fmt: skip
     family, family_loss = fit(0, len(FAMILIES), F.cross_entropy)
     pitch, pitch_loss = fit(2, 1, lambda output, pitch: pitch_error(output[:, 0], pitch))
-    instrument, _ = fit(1, instruments, F.cross_entropy, "train")  # "valid" has other instruments
+    instrument, _ = fit(1, instruments, F.cross_entropy, (few, y))  # others are in "valid"
     linear = [linear_probe(few, F.one_hot(y[:, column], classes).float(), iterations=40)
               for column, classes in ((0, len(FAMILIES)), (2, 128))]  # fmt: skip
     right = lambda guess, truth: (guess == truth).float().mean().item()
@@ -507,31 +500,7 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
             "pitch_mse": 100 * pitch_error(pitch(z)[:, 0], pitches).item(),
             "pitch_accuracy": right(heard, pitches),
             "chroma_accuracy": right(heard % 12, pitches % 12)}  # fmt: skip
-    return metrics, (family, pitch), family_loss + pitch_loss
-
-
-def pretrain(seed: int, notes: dict, labelled: list, counts: list, build, train_arm,
-             losses: list, grids: list, temperature: float, measure) -> tuple[dict, dict]:
-    """Trains all arms of a seed: {row: network}, and {row: metrics of the pretext task}."""
-    everything, models, pretext = notes["train"] + notes["unlabelled"], {}, {}
-    supervised = lambda output, _, __, family, pitch: (
-        pitch_error(output[:, 0], pitch) + F.cross_entropy(output[:, 1:], family))  # fmt: skip
-    for bands, slices in grids:
-        grid = f" {bands}x{slices}" * (len(grids) > 1)
-        models["random encoder" + grid] = build(seed, bands, slices)
-        for count in counts:
-            row = f"supervised{grid}, {count} labels"
-            models[row] = build(seed, bands, slices, outputs=1 + len(FAMILIES))
-            train_arm(f"{row}, seed {seed}", models[row], supervised, labelled[:count],
-                      shuffled=False)  # fmt: skip
-        for loss in losses:
-            row, of = loss + grid, LOSSES[loss]
-            models[row] = build(seed, bands, slices, fixed=loss == "classification")
-            loss_of = lambda output, permutation, choice, *_: of(
-                output, permutation + 1.0, choice, temperature)  # fmt: skip
-            train_arm(f"{row}, seed {seed}", models[row], loss_of, everything)
-            pretext[row] = measure(models[row], loss_of, notes["valid"])
-    return models, pretext
+    return metrics, nn.ModuleList([family, pitch]), family_loss + pitch_loss
 
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
@@ -540,47 +509,44 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
     if not counts:
         return [{"row": name, **metrics} for name, metrics in pretext.items()], {}
     players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
-    x, labels, rows, kept, best = {}, {}, [], {}, math.inf
-    for split in ("train", "valid", "unseen", "seen"):
-        part = labelled if split == "train" else notes[split]
-        x[split] = embed(models, part, seconds, workers)
-        labels[split] = torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
-                                      for note in part])  # fmt: skip
+    parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
+    x = {split: embed(models, part, seconds, workers) for split, part in parts.items()}
+    labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
+                                   for note in part]) for split, part in parts.items()}  # fmt: skip
+    rows, kept, best = [], {}, math.inf
     for count in counts:
         for name in x["train"]:
-            row = name if name.endswith(" labels") else f"{name}, {count} labels"
-            if not row.endswith(f", {count} labels"):  # supervised by another count
+            row, _, own = name.partition(", ")
+            if own not in ("", f"{count} labels"):  # supervised by another count
                 continue
             torch.manual_seed(random_key("heads", seed))
             mine = {split: features[name] for split, features in x.items()}
             metrics, heads, error = score(mine, labels, count, hidden, len(players))
-            rows += [{"row": f"{row}, {split}", **values,
+            rows += [{"row": f"{row}, {count} labels, {split}", **values,
                       **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
                      for split, values in metrics.items()]  # fmt: skip
             if name in pretext and error < best:
                 best, model = error, models[name]
                 kept = {"arm": f"{name}, seed {seed}", "size": (*model.grid, len(model.fixed)),
                         "head": (mine["train"].shape[1], hidden),
-                        "heads": [head.state_dict() for head in heads]}  # fmt: skip
+                        "heads": heads.state_dict()}  # fmt: skip
     return rows, kept
 
 
 @torch.no_grad()
 def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor):
     """The PNG: notes (B, S) as they are, shuffled, put back by the model; scores against labels."""
-    import matplotlib
+    from matplotlib.figure import Figure  # needs no display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    picture = plt.figure(figsize=(13, 6), layout="constrained")
+    picture = Figure(figsize=(13, 6), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
     left.suptitle(f"{title}: notes as they are, shuffled, put back")
     patches = model.patches(waveform)  # (B, n, H, W)
     permutation = model.fixed if len(model.fixed) else distant_permutations(20, patches.shape[1])
     shuffled = shuffle(patches, permutation[1 : 1 + len(patches)].to(patches.device))
     restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))
-    for axes, *views in zip(left.subplots(len(waveform), 3), patches, shuffled, restored):
+    grid = left.subplots(len(waveform), 3, squeeze=False)
+    for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
             image = view.unflatten(0, model.grid).transpose(1, 2).flatten(2).flatten(0, 1)
             axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")
@@ -598,7 +564,6 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor)
     axis.legend(fontsize=8, ncols=2)
     right.suptitle("unseen instruments")
     picture.savefig(path, dpi=100, format="png")
-    plt.close(picture)
 
 
 # -----------------------------------------------------------------------------
@@ -622,13 +587,12 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     notes = [Note(path, s) for path, s in scan_audio(files, RATE, 0.25, workers).items()]
     if not notes:
         die("none of these files can be used")
-    model, answers = load_kept(state, device), []
-    x = embed({"kept": model}, notes, state["args"]["view_seconds"], workers)["kept"]
-    for outputs, weights in zip((len(FAMILIES), 1), state["kept"]["heads"]):
-        head = make_head(*state["kept"]["head"], outputs)
-        head.load_state_dict(weights)
-        answers.append(head(x))
-    for note, p, tens in zip(notes, answers[0].softmax(1), answers[1][:, 0].tolist()):
+    x = embed({"kept": load_kept(state, device)}, notes, state["args"]["view_seconds"], workers)
+    sizes = state["kept"]["head"]
+    heads = nn.ModuleList([make_head(*sizes, outputs) for outputs in (len(FAMILIES), 1)])
+    heads.load_state_dict(state["kept"]["heads"])
+    family, pitch = (head(x["kept"]) for head in heads)
+    for note, p, tens in zip(notes, family.softmax(1), pitch[:, 0].tolist()):
         midi = 60 + 10 * tens
         name = "C C# D D# E F F# G G# A A# B".split()[round(midi) % 12]
         print(f"{note.path}: {FAMILIES[p.argmax()]} ({p.max():.2f}), "
@@ -650,24 +614,34 @@ def main(args: argparse.Namespace):
         dist.barrier()  # rank 0 made the demo's notes
     notes = load_notes(folder, workers)
 
-    def build(seed, bands, slices, fixed=False, outputs=0):
-        """A network; all of a seed start from the same weights."""
-        torch.manual_seed(random_key("weights", seed))
-        return ContextFreeNetwork(args.network, bands, slices, args.fixed_permutations * fixed,
-                                  outputs).to(device)  # fmt: skip
-
     train_arm = partial(train, seconds=seconds, batch_size=args.batch_size, steps=args.steps,
                         lr=args.lr, workers=workers, state=state,
                         checkpoint=out / "checkpoint.pt")  # fmt: skip
-    measure = partial(pretext_metrics, seconds=seconds, workers=workers)
-    for seed in args.seed:
-        if str(seed) in rows:
-            continue
+    everything = notes["train"] + notes["unlabelled"]
+    for seed in [seed for seed in args.seed if str(seed) not in rows]:
         order = np.random.default_rng(seed).permutation(len(notes["train"]))
         labelled = [notes["train"][i] for i in order[: max(args.label_counts)]]
         counts = sorted({min(count, len(labelled)) for count in args.label_counts} - {0})
-        models, pretext = pretrain(seed, notes, labelled, counts, build, train_arm, args.losses,
-                                   list(zip(args.bands, args.slices)), args.temperature, measure)
+        models, pretext = {}, {}
+        for grid in zip(args.bands, args.slices):
+            def build(**outputs):
+                """A network of this grid; all of a seed start from the same weights."""
+                torch.manual_seed(random_key("weights", seed))
+                return ContextFreeNetwork(args.network, *grid, **outputs).to(device)
+
+            name = " {}x{}".format(*grid) * (len(args.bands) > 1)
+            models["random encoder" + name] = build()
+            for count in counts:
+                row = f"supervised{name}, {count} labels"
+                models[row] = build(outputs=1 + len(FAMILIES))
+                train_arm(f"{row}, seed {seed}", models[row], supervised_loss, labelled[:count],
+                          shuffled=False)  # fmt: skip
+            for loss in args.losses:
+                row, fixed = loss + name, FIXED_PERMUTATIONS * (loss == "classification")
+                models[row] = build(fixed=fixed)
+                train_arm(f"{row}, seed {seed}", models[row], LOSSES[loss], everything)
+                pretext[row] = pretext_metrics(models[row], LOSSES[loss], notes["valid"], seconds,
+                                               workers)  # fmt: skip
         rows[str(seed)], kept = compare(seed, models, pretext, notes, labelled, counts,
                                         args.hidden, seconds, workers)  # fmt: skip
         state["kept"] = state["kept"] or kept
@@ -680,7 +654,7 @@ def main(args: argparse.Namespace):
         write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
             waveform=views.to(device)))  # fmt: skip
-    end_run(out, "permutation.png", began)
+    end_run(out, "permutation.png" if state["kept"] else "no picture", began)
 
 
 if __name__ == "__main__":

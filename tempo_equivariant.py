@@ -61,7 +61,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
 
-HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning); the first five are flags
+HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (250, 800, 6460, "optimiser steps of every trained arm"),
     "batch_size": (16, 16, 32, "pairs of views in a step"),
     "lr": (3e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
@@ -73,7 +73,8 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning); the first five are f
     "sample_rate": (22050, 22050, 44100, "Hz"),
     "n_fft": (1024, 1024, 2048, "samples"),
 }
-FLAGS = list(HYPER_PARAMETERS)[:5]
+LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view_seconds": (2, 36),
+          "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
 VERSION = "tempo_equivariant 3"  # of the checkpoint's contents
@@ -90,10 +91,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
     add("--encoders", nargs="+", default=encoders, choices=encoders, help="the paper's, ours")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
-    for name in FLAGS:
-        *columns, meaning = HYPER_PARAMETERS[name]
-        help = "{} (demo {}, data {}, paper {})".format(meaning, *columns)
-        add("--" + name.replace("_", "-"), type=type(columns[2]), help=help)
+    for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
+        if name in LIMITS:
+            add("--" + name.replace("_", "-"), type=type(paper),
+                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
     add("--out", type=Path, default=Path("out/tempo_equivariant"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -105,11 +106,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, columns in HYPER_PARAMETERS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, columns[column])
-    for name, lowest, highest in (("steps", 1, 10**8), ("batch_size", 1, 10**5), ("lr", 1e-9, 10),
-                                  ("view_seconds", 2, 36), ("left_out_folds", 1, 5),
-                                  ("workers", 0, 64)):  # fmt: skip
-        if not lowest <= getattr(args, name) <= highest:
-            parser.error(f"--{name.replace('_', '-')} must be from {lowest:g} to {highest:g}")
+    for name, (low, high) in LIMITS.items():
+        if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
     args.encoders = list(dict.fromkeys(args.encoders))
     if args.predict == [] and not args.data:
         parser.error("--predict needs FILE... or --data DIR")
@@ -572,26 +571,20 @@ def tempo_targets(bpm: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
           max_stretch: float, workers: int, state: dict, checkpoint: Path):  # fmt: skip
     """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
-    rank, size = rank_and_size()
-    items = range(rank * batch_size // size, (rank + 1) * batch_size // size)
-    seconds = model.seconds * max_stretch + 0.2
-    load = partial(load_batch, clips=clips, arm=arm, items=items, max_stretch=max_stretch,
-                   seconds=seconds, sample_rate=model.sample_rate)  # fmt: skip
-    device, history = next(model.parameters()).device, deque(maxlen=20)
-    for batch, network, update in training(arm, model, lr, steps, batch_size, load, workers, state,
-                                           checkpoint, lambda: describe(history)):  # fmt: skip
-        waveform, rate, bpm = (tensor.to(device) for tensor in batch)
+    history, of_z = deque(maxlen=20), not isinstance(model, TempoClassifier)
+    load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
+                   seconds=model.seconds * max_stretch + 0.2, sample_rate=model.sample_rate)
+    for (waveform, rate, bpm), network, update in training(
+            arm, model, lr, steps, batch_size, load, workers, state, checkpoint,
+            partial(describe, history) if of_z else None):  # fmt: skip
         output = network(model.views(waveform, rate))  # (2B,) or (2B, 300)
-        loss = loss_of(output, rate, bpm)
-        update(loss)
-        history.append((loss.detach(), output.detach(), rate, bpm))
+        update(loss_of(output, rate, bpm))
+        history.append((output.detach(), rate, bpm))
 
 
 def describe(history: deque) -> str:
-    """The last steps' loss and, for z, what it cannot show: reading off the stretch pays too."""
-    loss, z, rate, bpm = (torch.stack(column).cpu() for column in zip(*history))  # (20, 2B)
-    if z.ndim == 3:  # logits
-        return f"loss {loss.mean():.4f}"
+    """What the loss cannot show, of the last steps: reading off the stretch pays too."""
+    z, rate, bpm = (torch.stack(column).cpu() for column in zip(*history))  # (20, 2B)
     z_i, z_j, a_i, a_j = (half.T.flatten() for pair in (z, rate) for half in pair.chunk(2, 1))
     ratio, one, r = tempo_ratio_loss(z_i, z_j, a_i, a_j), torch.ones_like(a_i), (a_i / a_j).log()
     slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
@@ -900,8 +893,6 @@ def main(args: argparse.Namespace):
             rows = [{"row": "best constant, 5 folds", **accuracies(constant, bpm)},
                     {"row": "autocorrelation of the onset strength", **accuracies(classical, bpm)}]
         for name in args.encoders:
-            size = sum(p.numel() for p in build(name, seed).parameters())
-            print(f"model  {name} {size} parameters on {device}, seed {seed}")
             more, figure = compare(name, seed, clips, build, train_arm, state["kept"], leave_out,
                                    args.workers)  # fmt: skip
             rows += more

@@ -244,7 +244,7 @@ def test_a_note_is_the_same_every_time_and_has_its_pitch(tmp_path):
 def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folder, capsys):
     notes, out = P.load_notes(folder, 0), capsys.readouterr().out
     assert "not audio" not in out and "silent" in out and out.count("skip") == 2
-    assert "51 notes; 3 more have no audio" in out and "without synth_lead, vocal" in out
+    assert "51 notes; 3 more without audio" in out and "without synth_lead, vocal" in out
     assert {k: len(v) for k, v in notes.items() if k in ("valid", "unseen", "unlabelled")} == {
         "valid": 10,
         "unseen": 20,
@@ -263,7 +263,7 @@ def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folde
 
 def test_a_batch_is_the_same_for_any_reader_and_short_notes_are_padded(folder):
     notes = P.load_notes(folder, 0)["train"]
-    load = lambda items: P.load_batch(3, items, "arm", notes, 1.0, 10, torch.empty(0, 10))
+    load = lambda items: P.load_batch(3, items, "arm", notes, 1.0, torch.empty(0, 10))
     for whole, *parts in zip(load(range(4)), load(range(2)), load(range(2, 4))):
         assert torch.equal(whole, torch.cat(parts))
     assert P.load_view(min(notes, key=lambda n: n.seconds).path, 0.0, 1.0).shape == (16000,)
