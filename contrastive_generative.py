@@ -23,7 +23,7 @@ Differences from the paper. Its body could not be had; known are abstract, a tal
 - The probe is L-BFGS with one weight decay, on FSD50K with one softmax over a clip's classes.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
-- For brevity: no table of other read-outs (last position, each layer), no sampled continuations.
+- For brevity: no continuations are sampled.
 
 Copy this file and common.py; nothing else is needed.
 """
@@ -198,7 +198,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
 
 def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range):
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
-    No clip twice; each item draws from (arm, step, item) alone, whoever reads it."""
+    No clip twice if they suffice; each item draws from (arm, step, item) alone, whoever reads it.
+    """
     order = np.random.default_rng(random_key(arm, step)).permutation(len(clips))
     chosen, waveforms = [order[item % len(clips)] for item in items], []
     samples = round(EXCERPT_SECONDS * SAMPLE_RATE)
@@ -229,7 +230,7 @@ class FrontEnd(LogMel):
 def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
     """(B, S) excerpts -> (B, F, frames): a random crop of each, altered by the named families:
     sound (the abstract's pitch and timbre): another clip mixed in, noise, gain, time-stretch, pitch
-    (a shift of mel bands: 12 are 8 semitones above 1 kHz, more below), a high- or low-pass;
+    (a shift of mel bands: 12 are 10 semitones at 2 kHz, more below), a high- or low-pass;
     image (the talk's): a band and a time mask, blur; flip (the talk's): backwards in time."""
     B, device, rate, pitch = len(waveform), waveform.device, torch.ones(len(waveform), 1), 0
     within = lambda low, high: low + (high - low) * torch.rand(B, 1, device=device)
@@ -251,7 +252,7 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
     if "sound" in families:  # high-pass below 0.2 to 1.2 kHz or low-pass above 2.2 to 4 kHz
         axis, low_cut = torch.linspace(0, 1, bands, device=device), some(0.5) > 0
         beyond = torch.where(low_cut, within(0.07, 0.38) - axis, axis - within(0.55, 0.75)).relu()
-        x = x - (within(0, 8) * beyond)[:, :, None] / front.sd  # to 20 dB per octave
+        x = x - (within(0, 8) * beyond)[:, :, None] / front.sd  # to 18 dB per octave
     for dim, share in ((1, 0.15), (2, 0.2)) if "image" in families else ():
         size, index = x.shape[dim], torch.arange(x.shape[dim], device=device)
         half = some(0.5) * within(0, share) * size / 2  # what is masked becomes the mean, 0
@@ -394,11 +395,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     z1 and z2 are (N, D); rows k of both are a positive pair, every other row, those of other ranks
     too, is a negative. log(2N - 1) nats where all similarities are equal.
     """
-    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2 or temperature <= 0:
+    rank, size = rank_and_size()
+    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) * size < 2 or temperature <= 0:
         raise ValueError(f"nt_xent needs (N, D) twice, N >= 2, temperature > 0: got "
                          f"{tuple(z1.shape)} and {tuple(z2.shape)} at {temperature}")  # fmt: skip
-    if dist.is_initialized():  # every rank works out the loss of all
-        (rank, size), z = rank_and_size(), torch.stack([z1, z2])  # (2, N, D)
+    if size > 1:  # every rank works out the loss of all
+        z = torch.stack([z1, z2])  # (2, N, D)
         parts = [torch.empty_like(z) for _ in range(size)]
         dist.all_gather(parts, z.detach())
         parts[rank] = size * z - (size - 1) * z.detach()  # DDP will divide its gradient by size
@@ -476,9 +478,9 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
     for waveform in in_background(partial(read_audio, sample_rate=SAMPLE_RATE), paths, workers):
         waveform = waveform.repeat(math.ceil(WINDOW_SECONDS * SAMPLE_RATE / len(waveform)))
         log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
-        windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)
+        windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)  # (n, F, -)
         for models, rows in zip(variants, found):
-            h = models["encoder"](windows).mean(0)  # (n, F, frames) -> (D,)
+            h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
             codes, size = models["tokenizer"].codes(log_mel), len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
             *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)

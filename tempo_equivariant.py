@@ -804,7 +804,8 @@ def draw(path: Path, figure: dict, responses: dict):
         right.loglog(rates, response, "o-" if "trained" in label else "x:", label=label)
     right.loglog(rates, rates, "k-", lw=0.7)
     right.set(xlabel="stretch rate a", ylabel="z(a) / z(1), median of clips", ylim=(0.6, 1.6),
-              xticks=[0.8, 1, 1.25], yticks=[0.6, 0.8, 1, 1.25, 1.5])  # fmt: skip
+              title="pseudo-tempo under stretch", xticks=[0.8, 1, 1.25],
+              yticks=[0.6, 0.8, 1, 1.25, 1.5])  # fmt: skip
     right.legend()
     left.set_xticks([50, 75, 100, 150, 200])
     for axes in (left, right):

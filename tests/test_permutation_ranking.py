@@ -356,20 +356,32 @@ def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, 
         ("--bands", "1"),
         ("--label-counts", "3"),
         ("--lr", "nan"),
+        ("--seed", "-1"),
         ("--predict", "x.wav", "--out", "{empty}"),
         ("--resume", "--out", "{text}"),
         ("--data", "{notes}", "--out", "{text}/checkpoint.pt"),
         ("--step", "3"),
     ],
 )
-def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args):
+def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "checkpoint.pt").write_text("not a checkpoint")
     places = {"empty": tmp_path / "empty", "text": tmp_path / "text", "notes": folder}
-    result = run(*[arg.format(**places) for arg in args], cwd=tmp_path)
-    errors = [line for line in result.stderr.splitlines() if "error" in line]
-    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr
+    with pytest.raises(SystemExit) as end:
+        P.main(P.parse_args(["--out", str(tmp_path / "o"), *[a.format(**places) for a in args]]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert end.value.code == 2 and len(errors) == 1
+
+
+def test_without_labels_the_pretext_metrics_are_of_notes_not_trained_on(folder, tmp_path):
+    (tmp_path / "linked").symlink_to(folder / "nsynth-train")
+    assert P.load_notes(tmp_path, 0)["unseen"]  # labels are found behind a link
+    (tmp_path / "linked").unlink()
+    (tmp_path / "audio").symlink_to(folder / "nsynth-train/audio")
+    notes = P.load_notes(tmp_path, 0)
+    trained, valid = ({n.path for n in notes[split]} for split in ("unlabelled", "valid"))
+    assert not notes["train"] and len(valid) >= 5 and len(trained) >= 40 and not trained & valid
 
 
 def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path):

@@ -265,6 +265,8 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("jams/blues.00000.wav.jams", json.dumps({"annotations": [VALUE]}), 88),
     ("jams/blues.00000.jams", json.dumps({"annotations": [BEATS]}), 120),
     ("jams/blues.00000.jams", json.dumps({"annotations": [BEATS, VALUE]}), 88),
+    ("jams/blues.00000.jams", json.dumps({"annotations": [VALUE | {"data": []}, BEATS]}), 120),
+    ("here/table.csv", "file,bpm\n../blues/blues.00000.wav,65\n", 65),
     ("beats/gtzan_blues_00000.beats", "0.0\t1\n0.4\t2\n0.8\t3\n", 150),
     ("genres_tempos.mf", "/x/blues.00000.au\t77\n", 77),
     ("index.json", json.dumps([{"audio_filepath": "g/blues.00000.wav", "tempo": 125.0}]), 125),
@@ -286,6 +288,27 @@ def test_the_better_kind_of_annotation_wins_and_the_line_counts_what_did_not_fit
     (tmp_path / "x.bpm").write_text("60")
     (tmp_path / "broken.jams").write_text("{")
     assert tempo.find_truth(tmp_path, [tmp_path / "x.wav"])[tmp_path / "x.wav"][0] == 60
+
+
+def test_annotations_that_fit_nothing_are_named_and_links_are_followed(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "truth").mkdir()
+    audio = [tmp_path / "data" / "x.wav", tmp_path / "data" / "y.wav"]
+    (tmp_path / "truth" / "a.csv").write_text("file,bpm,song\nx.wav,50,one\ny.wav,,one\n")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "truth")
+    truth = tempo.find_truth(tmp_path / "data", audio)
+    assert truth[audio[0]] == (50, "one")
+    assert math.isnan(truth[audio[1]][0]) and truth[audio[1]][1] == "one"  # a song without a number
+    (tmp_path / "truth" / "a.csv").write_text("file,bpm\nz.wav,50\n")
+    assert not tempo.find_truth(tmp_path / "data", audio)
+    assert "0 of 2 files have a tempo; 1 annotations fit no file" in capsys.readouterr().out
+
+
+def test_every_fold_has_songs_with_a_tempo_where_few_have_one():
+    bpm = np.where(np.arange(200) % 20 == 0, 100.0, math.nan)
+    clips = [("", 0, value, f"song{k}") for k, value in enumerate(bpm)]
+    for seed in range(20):
+        assert np.bincount(tempo.song_folds(clips, seed)[bpm > 0]).tolist() == [2] * 5
 
 
 def test_folds_keep_the_excerpts_of_a_song_together_and_are_even():
