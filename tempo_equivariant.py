@@ -8,8 +8,9 @@ a constant z has the wrong ratio. A head of 300 classes, or one constant from cl
 
 Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2 on songs left out):
 periodicity label-free .875/.975; with a head its frozen h .902/.978, a random one .818/.928;
-autocorrelation without training .757/.910. The paper's TCN: z follows the stretch and not the tempo
-(onset density does so too), and its frozen h is no better than a random one (.138 and .220).
+autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on songs left
+out, autocorrelation .637/.814. The paper's TCN: z follows the stretch and not the tempo (onset
+density does so too), and its frozen h is no better than a random one (.138 and .220).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
