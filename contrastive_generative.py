@@ -8,7 +8,8 @@ by the same linear layer, beside random encoders and the encoder trained with la
 
 Measured (demo: 1 120 generated clips, 224 held out, 3 seeds; accuracy): contrastive .923 ± .018,
 generative .558 ± .050, both .906, supervised .902; random encoders .768 ± .044, .501 ± .030; mel
-statistics .652. The paper's order did not come back: its generative row beats its contrastive one.
+statistics .652. ESC-10, five folds: contrastive .872, generative .672, supervised .864, mel .808.
+The paper's order did not come back: its generative row beats its contrastive one.
 
     python contrastive_generative.py                            demo: makes its own sounds
     python contrastive_generative.py --data ./ESC-50 --subset esc10

@@ -353,7 +353,7 @@ def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = run("--data", folder, "--out", tmp_path, *SMALL, start=start, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("random Transformer") == 1 and (tmp_path / "results.json").exists()
+    assert result.stdout.count("  random VGG  ") == 1 and (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(
