@@ -54,7 +54,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as it is known.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
-    "steps": (150, 200, 16000, "optimiser steps of every trained arm"),
+    "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
     "batch_size": (64, 64, 256, "N: clips in a step, two views of each"),
     "sequences": (64, 32, 64, "clips, or code sequences, in a step of the generative half"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
@@ -463,6 +463,31 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
     return {**count_codes(seen.long(), held_out.long(), codes), "next_code": nats}
 
 
+def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: list, targets: Tensor,
+             seen: Tensor, train_arm, learn, objectives: list, families: list,
+             temperature: float) -> dict:  # fmt: skip
+    """Trains all arms of a seed and a split on the clips that are `seen` (N,): `models` without
+    labels, `labelled` with them. Returns what is known of the codes."""
+    front = models["front"]
+    load = partial(load_batch, clips=[c for c, s in zip(clips, seen) if s], targets=targets[seen])
+    x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
+    front.mean.copy_(x.mean()), front.sd.copy_(x.std())
+    view = partial(make_views, front=front, families=families)
+    contrast = lambda network, waveform, _: nt_xent(
+        *network(view(waveform.repeat(2, 1))).chunk(2), temperature)  # fmt: skip
+    classify = lambda network, waveform, truth: F.cross_entropy(network(view(waveform)), truth)
+    encoder = lambda of, head: nn.Sequential(of["encoder"], of[head])
+    if "contrastive" in objectives:
+        train_arm(f"{key} contrastive", encoder(models, "projector"), contrast, load)
+    if targets.shape[1]:
+        train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
+    if "generative" not in objectives:
+        return {}
+    known = learn(key, models, load, paths=[clip[0] for clip in clips], seen=seen)
+    print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
+    return known
+
+
 # -----------------------------------------------------------------------------
 # Evaluation: one linear layer on frozen, standardised features of whole clips. Letters: N clips,
 # D features, C classes, n windows of a clip, L codes of a clip.
@@ -525,29 +550,14 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
             "bigram": min(-q[at(held_out)].log().mean().item() for q in smooth)}  # fmt: skip
 
 
-def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, train_arm,
-            learn, objectives: list, families: list, temperature: float, classes: list,
-            workers: int, picture: Path | None):  # fmt: skip
+def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, train_all,
+            objectives: list, classes: list, workers: int, picture: Path | None):  # fmt: skip
     """All rows of a seed and a split, and what --predict needs; draws the picture, if asked to."""
     models, random, labelled = build(), build(), build()
-    front, paths, known = models["front"], [clip[0] for clip in clips], {}
+    paths = [clip[0] for clip in clips]
     fit, test = torch.from_numpy(parts == "train"), torch.from_numpy(parts == "test")
     seen = ~test  # pre-trained on and fitted to; the part "valid" only chooses what is kept
-    load = partial(load_batch, clips=[c for c, s in zip(clips, seen) if s], targets=targets[seen])
-    x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
-    front.mean.copy_(x.mean()), front.sd.copy_(x.std())
-    view = partial(make_views, front=front, families=families)
-    contrast = lambda network, waveform, _: nt_xent(
-        *network(view(waveform.repeat(2, 1))).chunk(2), temperature)  # fmt: skip
-    classify = lambda network, waveform, truth: F.cross_entropy(network(view(waveform)), truth)
-    encoder = lambda of, head: nn.Sequential(of["encoder"], of[head])
-    if "contrastive" in objectives:
-        train_arm(f"{key} contrastive", encoder(models, "projector"), contrast, load)
-    if classes:
-        train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
-    if "generative" in objectives:
-        known = learn(key, models, load, paths=paths, seen=seen)
-        print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
+    known = train_all(key, models, labelled, clips, targets, seen, objectives=objectives)
     random["tokenizer"] = labelled["tokenizer"] = models["tokenizer"]
     ours, chance, other = embed([models, random, labelled], paths, workers)
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
@@ -680,6 +690,9 @@ def main(args: argparse.Namespace):
     learn = partial(learn_codes, train_arm=partial(train_arm, batch_size=args.sequences),
                     dictionary=args.dictionary, context=args.context, workers=args.workers)
 
+    train_all = partial(pretrain, train_arm=train_arm, learn=learn, families=args.views,
+                        temperature=args.temperature)
+
     def build(seed):
         """The models; all arms and rows of a seed start from the same weights."""
         torch.manual_seed(random_key("weights", seed))
@@ -690,8 +703,8 @@ def main(args: argparse.Namespace):
         for split, parts in splits.items():
             if (key := f"seed {seed} {split}") not in rows_of:
                 rows_of[key], kept = compare(
-                    key, clips, targets, parts, partial(build, seed), train_arm, learn,
-                    args.objectives, args.views, args.temperature, classes, args.workers,
+                    key, clips, targets, parts, partial(build, seed), train_all,
+                    args.objectives, classes, args.workers,
                     None if state["kept"] else out / "sounds.png")  # fmt: skip
                 state["kept"], state["arms"] = state["kept"] or kept, {}
                 write_whole(checkpoint, partial(torch.save, state))
