@@ -93,7 +93,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
     add("--workers", type=int, default=2, help="processes that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
-    add("--predict", nargs="+", metavar="FILE", help="print family and pitch of these notes")
+    add("--predict", nargs="*", metavar="FILE", help="print family and pitch of these notes; "
+        "without FILE: score what was trained on the notes of --data")
     args = parser.parse_args(argv)
     args.setting = args.setting or ("data" if args.data else "demo")
     for name, columns in HYPER_PARAMETERS.items():
@@ -104,6 +105,8 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
     if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
         parser.error("--bands and --slices must be as many, and give 2 patches or more")
+    if args.predict == [] and not args.data:
+        parser.error("--predict needs FILE... or --data DIR")
     args.seed, args.losses = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.losses))
     return args
 
@@ -236,6 +239,12 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
         notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
     return notes
+
+
+def deal(notes: list[Note], seed: int, label_counts: list) -> tuple[list[Note], list[int]]:
+    """The labelled notes of a seed in their order, and how many at a time, as far as they go."""
+    order = np.random.default_rng(seed).permutation(len(notes))[: max(label_counts)]
+    return [notes[i] for i in order], sorted({min(n, len(order)) for n in label_counts} - {0})
 
 
 def load_view(path: str, start: float, seconds: float) -> Tensor:
@@ -599,11 +608,41 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
               f"{name}{round(midi) // 12 - 1} (MIDI {midi:.1f})")  # fmt: skip
 
 
+def transfer(data: Path, out: Path, label_counts: list, device: torch.device, workers: int):
+    """Scores the encoders of a checkpoint, which learn nothing more, on the labelled notes below
+    another folder, beside random ones; writes transfer.json."""
+    began, state = time.time(), load_checkpoint(out / "checkpoint.pt", VERSION)
+    trained, notes, table = argparse.Namespace(**state["args"]), load_notes(data, workers), []
+    if not notes["train"]:
+        die(f"--data {data}: no labelled notes to score with")
+    for seed in trained.seed:
+        models, (labelled, counts) = {}, deal(notes["train"], seed, label_counts)
+        for grid in zip(trained.bands, trained.slices):
+            name = " {}x{}".format(*grid) * (len(trained.bands) > 1)
+            for row in ("random encoder", *trained.losses):
+                torch.manual_seed(random_key("weights", seed))
+                model = ContextFreeNetwork(trained.network, *grid,
+                                           FIXED_PERMUTATIONS * (row == "classification"))
+                if row in LOSSES:
+                    if (arm := f"{row}{name}, seed {seed}") not in state["arms"]:
+                        die(f"{out}/checkpoint.pt: {arm} is not trained yet; --resume goes on")
+                    model.load_state_dict(state["arms"][arm])
+                models[row + name] = model.to(device)
+        rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden,
+                          trained.view_seconds, workers)  # fmt: skip
+        table.append(rows)
+    seconds = round(time.time() - began, 1)
+    report(table, out / "transfer.json", state["args"] | {"data": str(data)}, seconds)
+    print(f"wrote  {out}/transfer.json in {seconds:.0f} s")
+
+
 def main(args: argparse.Namespace):
     """Trains and compares every arm, or answers --predict."""
     began, device = time.time(), start_run(args.device)
     if args.predict:
         return predict(args.predict, args.out / "checkpoint.pt", device, args.workers)
+    if args.predict == []:
+        return transfer(args.data, args.out, args.label_counts, device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
     out, rows = Path(args.out), state.setdefault("rows", {})
@@ -619,9 +658,7 @@ def main(args: argparse.Namespace):
                         checkpoint=out / "checkpoint.pt")  # fmt: skip
     everything = notes["train"] + notes["unlabelled"]
     for seed in [seed for seed in args.seed if str(seed) not in rows]:
-        order = np.random.default_rng(seed).permutation(len(notes["train"]))
-        labelled = [notes["train"][i] for i in order[: max(args.label_counts)]]
-        counts = sorted({min(count, len(labelled)) for count in args.label_counts} - {0})
+        labelled, counts = deal(notes["train"], seed, args.label_counts)
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):
             def build(**outputs):

@@ -345,6 +345,23 @@ def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, 
     assert run("--out", finished[1], "--predict", files[0]).returncode == 2
 
 
+def test_predict_without_files_scores_the_encoders_as_they_are_on_a_folder(finished, folder):
+    before = (finished[1] / "checkpoint.pt").read_bytes()
+    args = ("--out", finished[1], "--predict", "--label-counts", "20", "--data")
+    result = run(*args, folder)
+    assert result.returncode == 0 and result.stderr == ""
+    assert (finished[1] / "checkpoint.pt").read_bytes() == before
+    here, there = (
+        {row["row"]: row for row in json.loads((finished[1] / name).read_text())["rows"]}
+        for name in ("results.json", "transfer.json")
+    )
+    for name in ("random encoder", "soft_rank", "classification"):  # on the same notes
+        row = f"{name}, 20 labels, unseen"
+        for metric in ("family_accuracy", "family_linear", "pitch_mse", "chroma_accuracy"):
+            assert here[row][metric] == there[row][metric]
+    assert run(*args, folder / "nsynth-test/audio").returncode == 2  # no labels there
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -358,6 +375,8 @@ def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, 
         ("--lr", "nan"),
         ("--seed", "-1"),
         ("--predict", "x.wav", "--out", "{empty}"),
+        ("--predict",),
+        ("--predict", "--data", "{notes}", "--out", "{empty}"),
         ("--resume", "--out", "{text}"),
         ("--data", "{notes}", "--out", "{text}/checkpoint.pt"),
         ("--step", "3"),
