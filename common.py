@@ -47,17 +47,20 @@ class AudioError(ValueError):
 
 
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
-    """All audio (or other) files below a folder, sorted, without the litter of unpacking."""
+    """All audio (or other) files below a folder, sorted, each once however many links lead to it,
+    without the litter of unpacking."""
     found = [Path(where) / name for where, _, names in os.walk(folder, followlinks=True)
              for name in names if Path(name).suffix.lower() in suffixes]  # fmt: skip
     found = [f for f in found if f.name[:2] != "._"]
-    return sorted(f for f in found if not {"__MACOSX", "images_original"} & set(f.parts))
+    found = [f for f in found if not {"__MACOSX", "images_original"} & set(f.parts)]
+    found.sort(key=lambda f: len(f.parts), reverse=True)  # of several ways the shortest is kept
+    return sorted({os.path.realpath(f): f for f in found}.values())
 
 
 @lru_cache
 def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     """torchaudio's Resample. Its kernel grows with the terms of the ratio, and 44101 -> 16000 takes
-    a minute: a ratio of terms above 1000 is rounded to one below, by less than 0.001 %."""
+    a minute: a ratio of terms above 1000 is rounded to one below, by less than 0.06 %."""
     ratio = Fraction(source_rate, sample_rate)
     if max(ratio.numerator, ratio.denominator) > 1000:
         ratio = ratio.limit_denominator(1000 * sample_rate // max(source_rate, sample_rate))
@@ -68,6 +71,8 @@ def resample(waveform: Tensor, source_rate: int, sample_rate: int) -> Tensor:
     """(S,) at source_rate -> at sample_rate, in pieces of about a minute: as a whole, a file of
     20 minutes takes gigabytes. The pieces overlap, so that no edge is heard."""
     transform = resampler(source_rate, sample_rate)
+    if transform.orig_freq == transform.new_freq:
+        return waveform
     up, down = transform.new_freq, transform.orig_freq  # in lowest terms
     piece = -(-60 * source_rate // down) * down  # samples, a multiple of `down`
     margin = -(-transform.width // down) * down
@@ -94,16 +99,18 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
         with soundfile.SoundFile(path) as file:
             source_rate, first = file.samplerate, round(start * file.samplerate)
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
-            if file.format == "MP3":  # seeking is not sample-exact there: decode all, then slice
-                samples = file.read(dtype="float32", always_2d=True)[first:]
-                samples = samples if frames < 0 else samples[:frames]
-            else:
+            skip = first  # seeking is not sample-exact in an mp3: decoded from its start
+            if file.format != "MP3":
+                skip = 0
                 file.seek(min(first, file.frames))
-                samples = file.read(frames, dtype="float32", always_2d=True)
+            wanted = -1 if frames < 0 else skip + frames
+            parts = file.blocks(2**20, frames=wanted, dtype="float32", always_2d=True)
+            samples = np.concatenate([np.zeros(0, "float32"), *(part.mean(1) for part in parts)])
+            samples = samples[skip:]  # (S,), the mean of the channels
     except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
         missing = not Path(path).is_file()
         raise AudioError(f"{path}: {'no such file' if missing else error}") from None
-    waveform = torch.from_numpy(samples.mean(1))  # (S, channels) -> (S,)
+    waveform = torch.from_numpy(samples)
     if len(waveform) == 0 or not waveform.isfinite().all():
         raise AudioError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
     return waveform if source_rate == sample_rate else resample(waveform, source_rate, sample_rate)
@@ -206,7 +213,7 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     if direction not in ("ascending", "descending"):
         raise ValueError(f"soft_rank: {direction=} must be 'ascending' or 'descending'")
     x = values if values.dtype in (torch.float32, torch.float64) else values.float()
-    x = x if direction == "ascending" else -x
+    x = (x if direction == "ascending" else -x).contiguous()
     if x.numel() == 0:
         return x.clone()
     if x.device.type not in ("cpu", "cuda"):  # mps has no float64
@@ -398,6 +405,7 @@ def start_run(device: str = "") -> torch.device:
 def run(main, args):
     """main(args), with one line for what would end it in a traceback though the program is right:
     Ctrl-C, and a file that could be read when the run began and cannot be read any more."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
     except KeyboardInterrupt:
@@ -456,6 +464,9 @@ def open_run(arguments: dict, made_by: str) -> dict:
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {}}
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
+        if plain["data"] not in (None, state["args"]["data"]):
+            die(f"--resume: {out}/checkpoint.pt is of --data {state['args']['data']}; "
+                "another --out starts anew")  # fmt: skip
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
     if state["args"]["batch_size"] % rank_and_size()[1]:

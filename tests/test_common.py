@@ -1,7 +1,9 @@
 """Properties of common.py. Run from the project's folder: python -m pytest tests"""
 
 import itertools
+import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,8 @@ import soundfile
 import torch
 import torchaudio
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import common
 
 
@@ -58,6 +61,31 @@ def test_read_audio_gives_the_same_sine_from_any_format(tmp_path, suffix, subtyp
     assert abs(spectrum.max() / 8000 - 0.5) < 0.02  # 8-bit noise, mp3 loss
 
 
+def test_a_file_that_several_links_lead_to_is_found_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.wav").touch()
+    (tmp_path / "a" / "itself").symlink_to(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert common.find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+
+
+def test_names_that_are_not_utf_8_can_be_printed():
+    code = "import common; common.run(lambda name: print(name), 'caf\\udce9.wav')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "caf\\udce9.wav\n"
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    torch.save(common.open_run(arguments, "test"), tmp_path / "checkpoint.pt")
+    for data in (None, "songs"):
+        common.open_run(arguments | {"resume": True, "data": data}, "test")
+    with pytest.raises(SystemExit):
+        common.open_run(arguments | {"resume": True, "data": "other"}, "test")
+    assert "is of --data songs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])
 def test_an_excerpt_equals_the_slice_of_the_whole_file(tmp_path, suffix):
     noise = np.random.default_rng(0).standard_normal(3 * 16000) * 0.1
@@ -74,7 +102,7 @@ def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_pa
     assert time.time() - began < 5
 
 
-@pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000)])
+@pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000), (22051, 22050)])
 def test_a_long_file_is_resampled_in_pieces_without_a_seam(source_rate, rate):
     waveform = torch.randn(source_rate * 61 + 17)
     whole = common.resampler(source_rate, rate)(waveform)
@@ -209,6 +237,14 @@ def test_soft_rank_takes_any_shape_layout_and_dtype():
     turned, repeated = x.transpose(1, 3), lambda x: x[:, :1, :1].expand(2, 3, 5, 6)
     assert torch.equal(common.soft_rank(turned), common.soft_rank(turned.contiguous()))
     assert torch.equal(common.soft_rank(repeated(x)), repeated(rows))
+    columns, row = torch.randn(40, 3), torch.randn(40)  # as they lie, and as they are repeated
+    for strength in (1.0, 100.0):
+        alone = torch.stack([common.soft_rank(column, strength) for column in columns.T])
+        assert torch.equal(common.soft_rank(columns.T, strength), alone)
+        alone = common.soft_rank(row, strength).expand(3, 40)
+        assert torch.equal(common.soft_rank(row.expand(3, 40), strength), alone)
+        assert torch.equal(common.soft_rank(columns.T, strength, "descending"),
+                           common.soft_rank(-columns.T.contiguous(), strength))
     for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.uint8):
         values = (4 * x).abs().to(dtype)
         assert torch.equal(common.soft_rank(values), common.soft_rank(values.float()))
