@@ -76,7 +76,9 @@ VERSION = "permutation_ranking 1"  # of the checkpoint's contents
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+    parser.error = die  # one line, without the usage
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="NSynth or any audio (default: makes its own)")
     add("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="the paper's arms")
@@ -85,9 +87,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
     for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
         kind = {"nargs": "+", "type": int} if name == "label_counts" else {"type": type(paper)}
+        text = f"{meaning} (demo {demo}, data {data}, paper {paper})"
         if name in LIMITS:
-            add("--" + name.replace("_", "-"), **kind,
-                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
+            add("--" + name.replace("_", "-"), **kind, help=text)
+        else:
+            parser.epilog += f"{name}: {text}. "
     add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -201,7 +205,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     seconds = scan_audio(find_audio(folder), RATE, 0.25, workers)
     if not seconds:
         die(f"--data {folder}: no audio to use; {expected}")
-    notes = {"train": [], "valid": [], "test": []}
+    notes, held_back = {"train": [], "valid": [], "test": []}, set()
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         try:
             labels = {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
@@ -213,6 +217,8 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         found = sorted(name for name, (family, _, pitch) in labels.items()
                        if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
         split = next((split for split in notes if split in file.parent.name), "train")
+        if split != "train":  # not to be heard in training, with a label or without
+            held_back |= {str(path) for path in here.values()}
         notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
         print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more without audio")
     if any(notes.values()) and not all(notes.values()):  # part of the set
@@ -225,6 +231,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         absent = ", ".join(FAMILIES[i] for i in sorted(absent)) or "no family"
         print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
               f"instruments, without {absent}")  # fmt: skip
+    held_back |= {note.path for part in notes.values() for note in part}
     held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
     thin = lambda part: part[:: -(-len(part) // 2000) or 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
@@ -232,9 +239,8 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     notes["unseen"], notes["valid"] = notes.pop("test"), thin(notes["valid"])
     if min(map(len, notes.values())) < 2:
         print("truth  no scores: these take labelled notes of several instruments")
-        notes = dict.fromkeys(notes, [])
-    used = {note.path for part in notes.values() for note in part}
-    notes["unlabelled"] = [Note(str(p), s) for p, s in seconds.items() if str(p) not in used]
+        notes, held_back = dict.fromkeys(notes, []), set()
+    notes["unlabelled"] = [Note(str(p), s) for p, s in seconds.items() if str(p) not in held_back]
     if not notes["valid"]:  # every tenth, which is not trained on
         rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
         notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
@@ -536,7 +542,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
                      for split, values in metrics.items()]  # fmt: skip
             if name in pretext and error < best:
                 best, model = error, models[name]
-                kept = {"arm": f"{name}, seed {seed}", "size": (*model.grid, len(model.fixed)),
+                kept = {"arm": f"{name}, seed {seed}", "error": error, "size": (*model.grid, len(model.fixed)),
                         "head": (mine["train"].shape[1], hidden),
                         "heads": heads.state_dict()}  # fmt: skip
     return rows, kept
@@ -611,9 +617,10 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
 def transfer(data: Path, out: Path, label_counts: list, device: torch.device, workers: int):
     """Scores the encoders of a checkpoint, which learn nothing more, on the labelled notes below
     another folder, beside random ones; writes transfer.json."""
-    began, state = time.time(), load_checkpoint(out / "checkpoint.pt", VERSION)
-    trained, notes, table = argparse.Namespace(**state["args"]), load_notes(data, workers), []
-    if not notes["train"]:
+    began, state, table = time.time(), load_checkpoint(out / "checkpoint.pt", VERSION), []
+    if str((trained := argparse.Namespace(**state["args"])).seed[-1]) not in state["rows"]:
+        die(f"{out}/checkpoint.pt: not all arms are trained; go on with --resume")
+    if not (notes := load_notes(data, workers))["train"]:
         die(f"--data {data}: no labelled notes to score with")
     for seed in trained.seed:
         models, (labelled, counts) = {}, deal(notes["train"], seed, label_counts)
@@ -624,15 +631,13 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
                 model = ContextFreeNetwork(trained.network, *grid,
                                            FIXED_PERMUTATIONS * (row == "classification"))
                 if row in LOSSES:
-                    if (arm := f"{row}{name}, seed {seed}") not in state["arms"]:
-                        die(f"{out}/checkpoint.pt: {arm} is not trained yet; --resume goes on")
-                    model.load_state_dict(state["arms"][arm])
+                    model.load_state_dict(state["arms"][f"{row}{name}, seed {seed}"])
                 models[row + name] = model.to(device)
         rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden,
                           trained.view_seconds, workers)  # fmt: skip
         table.append(rows)
-    seconds = round(time.time() - began, 1)
-    report(table, out / "transfer.json", state["args"] | {"data": str(data)}, seconds)
+    seconds, there = round(time.time() - began, 1), {"data": str(data), "label_counts": label_counts}
+    report(table, out / "transfer.json", state["args"] | there, seconds)
     print(f"wrote  {out}/transfer.json in {seconds:.0f} s")
 
 
@@ -652,6 +657,7 @@ def main(args: argparse.Namespace):
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's notes
     notes = load_notes(folder, workers)
+    write_whole(out / "checkpoint.pt", partial(torch.save, state))  # now a kill can be resumed
 
     train_arm = partial(train, seconds=seconds, batch_size=args.batch_size, steps=args.steps,
                         lr=args.lr, workers=workers, state=state,
@@ -681,7 +687,8 @@ def main(args: argparse.Namespace):
                                                workers)  # fmt: skip
         rows[str(seed)], kept = compare(seed, models, pretext, notes, labelled, counts,
                                         args.hidden, seconds, workers)  # fmt: skip
-        state["kept"] = state["kept"] or kept
+        if kept and kept["error"] < state["kept"].get("error", math.inf):
+            state["kept"] = kept
         write_whole(out / "checkpoint.pt", partial(torch.save, state))
     table = [rows[str(seed)] for seed in args.seed]
     means = report(table, out / "results.json", state["args"], round(time.time() - began, 1))
