@@ -51,7 +51,8 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
                     scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
-# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as it is known.
+# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: sizes published by
+# similar work, for the paper's own are not known.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
@@ -79,7 +80,9 @@ VERSION = "contrastive_generative 1"  # of the checkpoint's contents
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+    parser.error = die  # one line, without the usage
     add, objectives = parser.add_argument, ["contrastive", "generative"]
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
     add("--subset", choices=["esc10"], help="of ESC-50: the clips of its column esc10")
@@ -87,9 +90,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--views", nargs="+", default=["sound"], choices=["sound", "image", "flip"], help="(sound)")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
     for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
+        text = f"{meaning} (demo {demo}, data {data}, paper {paper})"
         if name in LIMITS:
-            add("--" + name.replace("_", "-"), type=type(paper),
-                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
+            add("--" + name.replace("_", "-"), type=type(paper), help=text)
+        else:
+            parser.epilog += f"{name}: {text}. "
     add("--out", type=Path, default=Path("out/contrastive_generative"), metavar="DIR")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -153,7 +158,7 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     if subset and "esc50.csv" not in tables:
         die(f"--subset {subset}: no esc50.csv below {folder}")
     read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
-    stems, genre = {path.stem: path for path in paths}, r"(\w+)[._](\d{5})"
+    stems, genre = {path.stem: path for path in paths}, r"(?:gtzan_)?([a-z]+)[._](\d{5})"
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
     match = {path: m for path in paths if (m := re.fullmatch(genre, path.stem))
              and m[1] in gtzan.gtzan_genres}  # fmt: skip
@@ -162,7 +167,7 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
             layout, rows = "ESC-50, official folds", [
                 (find(row["filename"]), [row["category"]], row["fold"])
                 for row in read("esc50.csv") if not subset or row["esc10"] == "True"]  # fmt: skip
-        elif "dev.csv" in tables:
+        elif {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
             layout, rows = "FSD50K, official split", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
@@ -179,13 +184,13 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
-    sizes, dealt, clips = Counter(r[1][0] for r in rows if r[0] in usable), Counter(), []
+    sizes, dealt, clips = Counter(n for r in rows if r[0] in usable for n in r[1]), Counter(), []
     single = [name for name in sizes if sizes[name] == 1]
     scored = len(sizes) - len(single) > 1  # classes that can be told apart
     for path, names, part in [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]:
         names = names if scored else [""]
         dealt[names[0]] += 1
-        if path in usable and names[0] not in single:
+        if path in usable and set(names) - set(single):
             clips.append((str(path), usable[path], names if scored else [],
                           part or str(dealt[names[0]] % 5 + 1)))  # fmt: skip
     for name in single if scored else ():
@@ -193,7 +198,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     counts = dict(sorted(Counter(part for *_, part in clips).items()))
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
         die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
-    print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}")
+    print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
+          f"{len(paths) - len({r[0] for r in rows} & set(paths))} files are not in it")  # fmt: skip
     return sorted(clips)
 
 
@@ -209,6 +215,8 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range):
         for start in (*rng.uniform(0, max(0.0, seconds - EXCERPT_SECONDS), 3), 0.0):
             waveform = read_audio(path, SAMPLE_RATE, start, EXCERPT_SECONDS)
             if waveform.abs().max() > 1e-4:  # not in the zeros that fill up a clip
+                loud = int((waveform.abs() > 1e-4).nonzero().max()) + 1
+                waveform = waveform[: max(loud, round(WINDOW_SECONDS * SAMPLE_RATE))]
                 break
         waveforms.append(waveform.repeat(math.ceil(samples / len(waveform)))[:samples])
     return torch.stack(waveforms), targets[chosen]
@@ -260,7 +268,9 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
         hidden = (index - half - within(0, 1) * (size - 2 * half)).abs() < half
         x = x.masked_fill(hidden.unsqueeze(3 - dim), 0)
         blur = (some(0.2) * within(0, 0.25))[:, :, None]  # what a cell gives its neighbours
-        x = x + blur * (x.roll(1, dim) + x.roll(-1, dim) - 2 * x)
+        below, above = (index + step for step in (-1, 1))
+        x = x + blur * (x.index_select(dim, below.clamp(min=0))
+                        + x.index_select(dim, above.clamp(max=size - 1)) - 2 * x)  # fmt: skip
     return torch.where(some(0.5)[:, :, None] > 0, x.flip(2), x) if "flip" in families else x
 
 
@@ -323,6 +333,8 @@ def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor
     """Ordinary k-means, (N, D) vectors -> (codes, D) centroids: of several k-means++ starts the one
     of least inertia; an entry that is nearest to no vector moves to a random one."""
     best = (math.inf, None)
+    nearest = lambda centroids: map(torch.cat, zip(  # distances (N,) and which (N,), in pieces
+        *[torch.cdist(part, centroids).min(1) for part in vectors.split(2**16)]))
     for _ in range(restarts):
         centroids = vectors[torch.randint(len(vectors), (1,))]
         distance = torch.cdist(vectors, centroids)[:, 0].square()
@@ -331,11 +343,11 @@ def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor
             centroids = torch.cat([centroids, new])
             distance = torch.minimum(distance, torch.cdist(vectors, new)[:, 0].square())
         for _ in range(iterations):
-            index = torch.cdist(vectors, centroids).argmin(1)
+            _, index = nearest(centroids)
             count = index.bincount(minlength=codes)[:, None]  # (codes, 1)
             mean = torch.zeros_like(centroids).index_add_(0, index, vectors) / count.clamp(min=1)
             centroids = torch.where(count > 0, mean, vectors[torch.randint(len(vectors), (codes,))])
-        inertia = torch.cdist(vectors, centroids).amin(1).square().sum().item()
+        inertia = next(nearest(centroids)).square().sum().item()
         best = min(best, (inertia, centroids), key=lambda pair: pair[0])
     return best[1]
 
@@ -440,6 +452,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
     batches = math.ceil(dictionary[0] / 32 / front.frames / EXCERPT_SECONDS * WINDOW_SECONDS)
+    batches = min(batches, math.ceil(4 * seen.sum().item() / 64))  # no clip more than four times
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
         for waveform, _ in in_background(load_more, range(batches), workers):
@@ -543,11 +556,12 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
     pairs, at = torch.zeros(codes + 1, codes), lambda x: (before(x)[x >= 0], x[x >= 0])
     pairs.index_put_(at(seen), torch.ones(()), accumulate=True)
     p = (pairs.sum(0) + 0.5) / (pairs.sum(0) + 0.5).sum()
-    smooth = [(pairs + a * p) / (pairs.sum(1, keepdim=True) + a) for a in (1, 3, 10, 30, 100)]
+    i, j = at(held_out)
+    smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
     return {"codes_used": (pairs.sum(0) > 0).sum().item(),
             "perplexity": (-p * p.log()).sum().exp().item(),
-            "unigram": -p[held_out[held_out >= 0]].log().mean().item(),
-            "bigram": min(-q[at(held_out)].log().mean().item() for q in smooth)}  # fmt: skip
+            "unigram": -p[j].log().mean().item(),
+            "bigram": min(-q.log().mean().item() for q in smooth)}
 
 
 def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, train_all,
@@ -602,7 +616,10 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     picture = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = picture.subplots(2, 3)
     for axis, name in zip(top, ("random VGG", "contrastive", "generative")):
-        x = features.get(name, torch.zeros(len(truth), 2))
+        if name not in features:  # an arm that was not trained
+            axis.set_axis_off()
+            continue
+        x = features[name]
         x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-6)
         x = x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T  # (N, 2), principal components
         for c, label in enumerate(classes):
@@ -611,6 +628,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     for axis, name, image in ((bottom[0], "log-mel", clip), (bottom[1], "decoded", decoded)):
         axis.imshow(image, aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
         axis.set(title=f"held-out clip, {name}", xlabel="frame", ylabel="mel band")
+    bottom[1].set_visible("generative" in features)
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
     track.imshow(codes[None], aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes, a colour each")
@@ -619,7 +637,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     bottom[2].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues")
     bottom[2].set(title=title, xlabel="answer", ylabel="class")
     if len(classes) <= 20:
-        top[1].legend(fontsize=7)
+        top[1 if "contrastive" in features else 2].legend(fontsize=7)
         bottom[2].set_xticks(range(len(classes)), classes, rotation=90)
         bottom[2].set_yticks(range(len(classes)), classes)
     picture.savefig(path, dpi=90, format="png")
@@ -670,6 +688,7 @@ def main(args: argparse.Namespace):
     out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
     folder = Path(args.data or out / "audio")
     if not args.data and rank == 0:
+        make_folder(folder)
         write = partial(write_sound, folder=folder)
         list(in_background(write, range(GENERATED_CLIPS), args.workers))
         print(f"data   synthetic: {GENERATED_CLIPS} clips of 2 s in {folder} (--data: recordings)")
@@ -680,10 +699,11 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     state["classes"], rows_of = classes, state.setdefault("rows", {})
+    write_whole(checkpoint, partial(torch.save, state))  # from here on a kill can be resumed
     parts, table = np.array([part for *_, part in clips]), []
     folds = sorted(set(parts) - {"train", "valid", "test"})
     splits = {f"fold {fold}": np.select([parts == fold, parts == valid], ["test", "valid"], "train")
-              for fold, valid in zip(folds[: args.folds], folds[1:] + folds)}  # fmt: skip
+              for fold, valid in zip(folds[: args.folds if classes else 1], folds[1:] + folds)}
     splits = splits or {"official split": parts}
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state, checkpoint=checkpoint)  # fmt: skip
