@@ -87,15 +87,19 @@ BPM_AXIS = 15 * 2 ** (torch.arange(145) / 24)  # log tempo, 24 bins to the octav
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+    parser.error = die  # one line, without the usage
     add, encoders = parser.add_argument, ["tcn", "periodicity"]
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
     add("--encoders", nargs="+", default=encoders, choices=encoders, help="the paper's, ours")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
     for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
+        text = f"{meaning} (demo {demo}, data {data}, paper {paper})"
         if name in LIMITS:
-            add("--" + name.replace("_", "-"), type=type(paper),
-                help=f"{meaning} (demo {demo}, data {data}, paper {paper})")  # fmt: skip
+            add("--" + name.replace("_", "-"), type=type(paper), help=text)
+        else:
+            parser.epilog += f"{name}: {text}. "
     add("--out", type=Path, default=Path("out/tempo_equivariant"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -255,7 +259,8 @@ def read_truth(path: Path) -> list[tuple]:
     if kind == ".json":  # the index of the official code
         index = [r for r in json.loads(text) if "tempo" in r]
         return [(str(r["audio_filepath"]), r["tempo"], "") for r in index]
-    text = "file\tbpm\n" * (kind == ".mf") + text  # Marsyas' tables have no heading
+    if kind == ".mf":  # Marsyas' tables have no heading, and now and then two tabs
+        text = "file\tbpm\n" + re.sub(r"\t+", "\t", text)
     rows = list(csv.DictReader(text.splitlines(), delimiter="," if kind == ".csv" else "\t"))
     rows = rows if rows and {"file", "bpm"} <= set(rows[0]) else []
     return [(r["file"] or "", r["bpm"], r.get("song") or r.get("origin") or "") for r in rows]
@@ -289,6 +294,7 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
                 places = (os.path.normpath(base / name) for base in (folder, file.parent))
                 names, bpm = (*places, track_key(name)), to_bpm(value)
                 meant = next((named[place] for place in names if place in named), [])
+                meant = [path for path in meant if path.parent == file.parent] or meant
                 numberless += math.isnan(bpm)
                 strangers += len(meant) != 1  # no such file, or several of that name
                 if len(meant) == 1 and not (math.isnan(bpm) and meant[0] in truth):
@@ -297,7 +303,7 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
         count = sum(not math.isnan(bpm) for bpm, _ in truth.values())
         if truth or strangers:
             print(f"truth  {kind} in {', '.join(map(str, sorted(used))) or folder}: {count} of "
-                  f"{len(paths)} files have a tempo; {strangers} annotations fit no file, "
+                  f"{len(paths)} files have a tempo; {strangers} annotations fit no file or several, "
                   f"{numberless} hold no number")  # fmt: skip
         if count:
             return truth
@@ -589,8 +595,9 @@ def describe(history: deque) -> str:
     z_i, z_j, a_i, a_j = (half.T.flatten() for pair in (z, rate) for half in pair.chunk(2, 1))
     ratio, one, r = tempo_ratio_loss(z_i, z_j, a_i, a_j), torch.ones_like(a_i), (a_i / a_j).log()
     slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
-    correlation = torch.corrcoef(torch.stack([z.abs().log().flatten(), bpm.log().flatten()]))
-    truth = "" if bpm.isnan().any() else f" r(ln z, ln bpm) {correlation[0, 1]:.2f}"
+    known = ~bpm.isnan()  # of the tracks as they are: the stretch alone, in both, would correlate
+    tracks = torch.stack([(z.abs() / rate)[known].log(), (bpm / rate)[known].log()])
+    truth = f" r(ln z/a, ln bpm) {torch.corrcoef(tracks)[0, 1]:.2f}" if known.sum() > 2 else ""
     return (f"ratio loss {ratio:.4f} (constant z {tempo_ratio_loss(one, one, a_i, a_j):.4f}) "
             f"mean |z| {z.abs().mean():.3g} slope {slope:.2f}{truth}")  # fmt: skip
 
@@ -873,10 +880,12 @@ def main(args: argparse.Namespace):
     if not (labelled := len(songs) >= 10):
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
         clips = [(path, seconds, math.nan, song) for path, seconds, _, song in clips]
-    else:
+    write_whole(checkpoint, partial(torch.save, state))  # from here on a kill can be resumed
+    if labelled:
         bpm = np.array([clip[2] for clip in clips])
         classical = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
-        classical = list(in_background(classical, [clip[0] for clip in clips], args.workers))
+        classical = np.array(list(in_background(classical, [clip[0] for clip in clips],
+                                                args.workers)))  # fmt: skip
 
     def build(name, seed):
         """An encoder; random, supervised and SSL arms of a seed start from the same weights."""
@@ -891,9 +900,12 @@ def main(args: argparse.Namespace):
     for seed in dict.fromkeys(args.seed):
         rows = []
         if labelled:
-            constant = best_constant(bpm, song_folds(clips, seed))
-            rows = [{"row": "best constant, 5 folds", **accuracies(constant, bpm)},
-                    {"row": "autocorrelation of the onset strength", **accuracies(classical, bpm)}]
+            folds = song_folds(clips, seed)
+            left_out = np.where(np.isin(folds, leave_out), classical, np.nan)
+            rows = [{"row": "best constant, 5 folds", **accuracies(best_constant(bpm, folds), bpm)},
+                    {"row": "autocorrelation of the onset strength", **accuracies(classical, bpm)},
+                    {"row": f"autocorrelation, songs left out ({args.left_out_folds} of 5 folds)",
+                     **accuracies(left_out, bpm)}]  # fmt: skip
         for name in args.encoders:
             more, figure = compare(name, seed, clips, build, train_arm, state["kept"], leave_out,
                                    args.workers)  # fmt: skip
