@@ -16,12 +16,16 @@ The paper's order did not come back: its generative row beats its contrastive on
     python contrastive_generative.py --predict sound.wav        its three likeliest classes
 
 Differences from the paper. Its body could not be had; known are abstract, a talk and one slide
-(supervised 71.3 %, generative 60.1 %, contrastive 55.6 %, data not named): all numbers are ours.
+(supervised 71.3 %, generative 60.1 %, contrastive 55.6 %, data not named): all numbers are ours, in
+the column `paper` too.
 - The VGG-like encoder (after Fonseca 2021) pools over time only: ESC-10 was read better so.
 - Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10.
 - Short sequences are filled up, not packed: no attention across clips either way.
 - demo: half of a clip's mean spectrum leaves its slices, or codes tell rooms, not sounds, apart.
-- The probe is L-BFGS with one weight decay, on FSD50K with one softmax over a clip's classes.
+- Both views are cropped out of one excerpt of 2.5 s, which ends where a clip is filled up with
+  zeros. No reverberation.
+- The probe is L-BFGS with one weight decay, on FSD50K with one softmax over a clip's classes. It is
+  fitted to train and valid; valid alone chooses the row that --predict uses.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
 - For brevity: no continuations are sampled.

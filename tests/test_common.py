@@ -102,7 +102,8 @@ def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_pa
     assert time.time() - began < 5
 
 
-@pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000), (22051, 22050)])
+@pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000),
+                                               (22051, 22050)])  # fmt: skip
 def test_a_long_file_is_resampled_in_pieces_without_a_seam(source_rate, rate):
     waveform = torch.randn(source_rate * 61 + 17)
     whole = common.resampler(source_rate, rate)(waveform)
