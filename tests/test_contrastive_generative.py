@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -161,6 +162,37 @@ def test_an_excerpt_of_a_clip_that_is_filled_up_with_zeros_has_sound_in_every_vi
     waveform, _ = script.load_batch(0, clips, torch.ones(20, 1), "arm", range(20))
     loudest = waveform.unfold(1, script.SAMPLE_RATE, 800).abs().amax(2)  # of each second
     assert waveform.shape == (20, 40000) and (loudest > 0.01).all()
+
+
+@pytest.mark.parametrize("setting, pairs, sequences", [("data", 64, 32), ("paper", 16, 4)])
+def test_views_take_at_most_a_third_of_a_contrastive_step(setting, pairs, sequences, capsys):
+    args, rounds = script.parse_args(["--setting", setting]), []
+    models = script.make_models(10, **vars(args)).train()
+    network = torch.nn.Sequential(models["encoder"], models["projector"])
+    waveform = 0.1 * torch.randn(pairs, 40000)  # for `paper` a sixteenth of its batch
+    codes = torch.randint(args.codes, (sequences, args.context))
+    for _ in range(2):
+        times = [time.perf_counter()]
+        views = script.make_views(waveform.repeat(2, 1), models["front"], ["sound"])
+        times.append(time.perf_counter())
+        z1, z2 = network(views).chunk(2)
+        times.append(time.perf_counter())
+        loss = script.nt_xent(z1, z2, 0.2)
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        script.next_code_loss(models["code_model"], codes).backward()
+        rounds.append(np.diff([*times, time.perf_counter()]))
+    *parts, code = np.min(rounds, axis=0)
+    views, encoder, loss, backward = parts / np.sum(parts)
+    with capsys.disabled():
+        print(
+            f"\n[{setting}: {pairs} pairs in {sum(parts):.2f} s: views {views:.0%}, encoder "
+            f"{encoder:.0%}, loss {loss:.1%}, backward {backward:.0%}; {sequences} x "
+            f"{args.context} codes in {code:.2f} s]",
+            end=" ",
+        )
+    assert views < 1 / 3
 
 
 def test_map_equals_its_definition():
