@@ -191,8 +191,8 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
         ratios.append(theirs / ours)
         loading.append(load / ours)
     with capsys.disabled():
-        print(f"\n[step: patch by patch / all at once = {np.median(ratios):.1f}; a batch is read by "
-              f"another process, in {np.median(loading):.0%} of a step]", end=" ")  # fmt: skip
+        print(f"\n[step: patch by patch / all at once = {np.median(ratios):.1f}; a batch is read "
+              f"by another process in {np.median(loading):.0%} of a step]", end=" ")  # fmt: skip
     assert np.median(ratios) > 3
     model.eval()
     torch.testing.assert_close(loop(), model(patches), atol=1e-4, rtol=1e-4)
