@@ -447,7 +447,6 @@ def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatc
     [
         (signal.SIGKILL, "supervised, 20 labels, seed 0 1/"),
         (signal.SIGINT, "soft_rank, seed 0 1/"),
-        (signal.SIGKILL, "classification, seed 0 1/"),
     ],
 )
 def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
