@@ -9,8 +9,8 @@ a constant z has the wrong ratio. A head of 300 classes, or one constant from dr
 Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2): periodicity label-free on
 songs left out .875/.975; a head on its frozen h, by cross-validation, .902/.978, on a random one
 .818/.928; autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on
-songs left out, autocorrelation .637/.814. The paper's TCN: z follows the stretch and not the tempo
-(onset density does so too), and its frozen h is no better than a random one (.138 and .220).
+songs left out, autocorrelation .620/.796 there. The paper's TCN: z follows the stretch and not the
+tempo (onset density does so too), and its frozen h is no better than a random one (.138 and .220).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
