@@ -498,9 +498,8 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
         optimiser.load_state_dict(state["running"]["optimiser"])
     parallel, device = model.train(), next(model.parameters()).device
     print(f"model  {arm}: {sum(p.numel() for p in model.parameters())} parameters on {device}")
-    if dist.is_initialized():  # batch-norm statistics stay per rank
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
-                                                       static_graph=True)  # fmt: skip
+    if dist.is_initialized():  # batch-norm statistics are rank 0's
+        parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def network(*inputs):
         """The model's output in float32, computed in bf16 on CUDA."""

@@ -449,7 +449,8 @@ class TCN(nn.Module):
         x = F.batch_norm(x[:, None], norm.running_mean, norm.running_var, training=self.training)
         x = x[:, 0, :, :, None].permute(0, 3, 1, 2)  # (B, 1, F, T) whose strides say channels last
         bias = self.conv1.bias + norm.bias * self.conv1.weight.sum((1, 2, 3))
-        x = F.conv2d(x, self.conv1.weight * norm.weight, bias)  # (B, 16, F - 2, T - 2)
+        weight = self.conv1.weight.flatten(1) * norm.weight  # flat: a gradient of DDP's strides
+        x = F.conv2d(x, weight.view_as(self.conv1.weight), bias)  # (B, 16, F - 2, T - 2)
         x = F.elu(F.max_pool2d(x, (3, 1)), inplace=True)
         x = F.elu(F.max_pool2d(self.conv2(x), (3, 1)), inplace=True)
         x = self.blocks(F.elu(self.conv3(x), inplace=True))  # (B, 16, 1, T - 4)
