@@ -15,6 +15,7 @@ contrastive one.
     python contrastive_generative.py                            demo: makes its own sounds
     python contrastive_generative.py --data ./ESC-50 --subset esc10
     python contrastive_generative.py --predict sound.wav        its three likeliest classes
+    python contrastive_generative.py --predict sound.wav --sample 3       how it could go on
 
 Differences from the paper. Its body could not be had; known are abstract, a talk and one slide
 (supervised 71.3 %, generative 60.1 %, contrastive 55.6 %, data not named): all numbers are ours, in
@@ -29,7 +30,7 @@ the column `paper` too.
   fitted to train and valid; valid alone chooses the row that --predict uses.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
-- For brevity: no continuations are sampled.
+- Griffin-Lim turns decoded continuations into sound; the paper's own are not known.
 
 Copy this file and common.py; nothing else is needed.
 """
@@ -50,6 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.datasets import gtzan
+from torchaudio.transforms import GriffinLim, InverseMelScale
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
@@ -76,7 +78,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
 }
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
-          "seed": (0, 2**32)}  # fmt: skip
+          "seed": (0, 2**32), "sample": (0, 100)}  # fmt: skip
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW_SECONDS, EXCERPT_SECONDS = 1.0, 2.5  # of a view; of what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
@@ -106,6 +108,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
+    add("--sample", type=int, default=0, metavar="N", help="with --predict: N ways to go on, as wav files")
     args = parser.parse_args(argv)
     column = ("demo", "data", "paper").index(args.setting or ("data" if args.data else "demo"))
     for name, columns in HYPER_PARAMETERS.items():
@@ -114,6 +117,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    if args.sample and not args.predict:
+        parser.error("--sample needs --predict FILE")
     args.objectives = list(dict.fromkeys(args.objectives))
     return args
 
@@ -399,6 +404,14 @@ class CodeModel(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         return self.head(self.states(codes)[-1][:, :-1])
 
+    def go_on(self, codes: Tensor, count: int) -> Tensor:
+        """(B, L) -> (B, L + count), each new code drawn from p(c_t | start, c_<t)."""
+        for _ in range(count):
+            seen = codes[:, 2 - len(self.place.weight) :]  # a place is left for what comes next
+            p = self.head(self.states(seen)[-1][:, -1]).softmax(1)  # (B, K)
+            codes = torch.cat([codes, torch.multinomial(p, 1)], 1)
+        return codes
+
 
 # -----------------------------------------------------------------------------
 # Loss. NT-Xent: SimCLR (Chen et al. 2020, arXiv 2002.05709), Eq. (1) and Algorithm 1.
@@ -664,15 +677,24 @@ def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: 
         "code_model": CodeModel(codes, context, *transformer)})  # fmt: skip
 
 
-def predict(files: list, out: Path, device, workers: int):
-    """Prints the three likeliest classes of each file."""
+def predict(files: list, count: int, out: Path, device, workers: int):
+    """Prints the three likeliest classes of each file, and samples `count` continuations."""
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     kept, classes = state["kept"], state["classes"]
-    if not kept.get("row"):
+    if not kept.get("row") and not (kept and count):
         die(f"{out}/checkpoint.pt: no probe is fitted yet (--resume), or there were no classes")
+    if count and "generative" not in state["args"]["objectives"]:
+        die(f"--sample: {out}/checkpoint.pt was trained without the generative half")
     usable = list(scan_audio(files, SAMPLE_RATE, 0.1, workers)) or die("no file can be used")
-    models = make_models(len(classes), **state["args"]).to(device)
+    models = make_models(len(classes), **state["args"]).to(device).eval()
     models.load_state_dict(kept["models"])
+    if count:
+        make_folder(out / "samples")
+        torch.manual_seed(0)
+        for number, path in enumerate(usable):
+            sample(models, path, count, state["args"]["context"], out / "samples" / f"{number}")
+    if not kept["row"]:
+        return
     features = embed([models], usable, 0)[0][kept["row"]]
     print(f"model  {kept['row']}, {kept['key']}")
     chances = F.linear(features, kept["probe"]["weight"], kept["probe"]["bias"]).softmax(1)
@@ -681,11 +703,46 @@ def predict(files: list, out: Path, device, workers: int):
         print(f"{path}: " + ", ".join(f"{classes[c]} {p:.2f}" for p, c in best))
 
 
+@torch.no_grad()
+def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Path):
+    """Lets the Transformer go on `count` times after the first `context` / 2 codes of a file, for
+    twice as long: out_0.wav, out_1.wav ... and their spectrograms beside the file's, out.png."""
+    from matplotlib.figure import Figure  # needs no display
+
+    front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
+    log_mel = front(read_audio(path, SAMPLE_RATE)[None].to(front.mean.device))  # (1, F, T)
+    given = tokenizer.codes(log_mel)[: context // 2]  # (L,)
+    codes = model.go_on(given.repeat(count, 1), context)  # (count, L + context)
+    decoded = torch.stack([tokenizer.decode(row, log_mel) for row in codes])  # (count, F, T)
+    waveforms = to_waveform(decoded.cpu(), front.cpu())
+    for k, waveform in enumerate(waveforms):
+        soundfile.write(f"{out}_{k}.wav", waveform.numpy(), SAMPLE_RATE)
+    images = {"as recorded": log_mel[0, :, : decoded.shape[2]].cpu()}
+    images |= {f"continuation {k}": image for k, image in enumerate(decoded.cpu())}
+    picture = Figure(figsize=(3 + 3 * len(images), 3), layout="constrained")
+    for axis, (title, image) in zip(picture.subplots(1, len(images)), images.items()):
+        axis.imshow(image, aspect="auto", origin="lower", vmin=log_mel.min(), vmax=log_mel.max())
+        axis.axvline(2 * len(given), color="white")
+        axis.set(title=title, xlabel="frame", ylabel="mel band")
+    picture.savefig(f"{out}.png", dpi=90)
+    print(f"wrote  {out}_0.wav to {out}_{count - 1}.wav and {out}.png: {path} goes on")
+
+
+def to_waveform(log_mel: Tensor, front: FrontEnd) -> Tensor:
+    """Standardised log-mel (B, F, T) -> (B, S), T hops long; the phase is Griffin and Lim's."""
+    magnitude = ((log_mel * front.sd + front.mean).exp() - front.floor).clamp(min=0)
+    hop = front.spectrogram.hop_length
+    linear = InverseMelScale(257, BANDS, SAMPLE_RATE, 60, 7800, driver="gelsd")(magnitude)
+    finer = F.interpolate(linear, size=linear.shape[2] * hop // 100 + 1, mode="linear")
+    waveform = GriffinLim(512, 64, 400, 100, power=1)(finer)  # a quarter of the window as the hop
+    return waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1)
+
+
 def main(args: argparse.Namespace):
     """Trains and compares every arm, or answers --predict."""
     began, device, (rank, size) = time.time(), start_run(args.device), rank_and_size()
     if args.predict:
-        return predict(args.predict, args.out, device, args.workers)
+        return predict(args.predict, args.sample, args.out, device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
     if args.sequences % size:

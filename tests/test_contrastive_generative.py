@@ -370,6 +370,43 @@ def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finis
     assert rows["generative"]["bigram"] > 0 and (out / "sounds.png").stat().st_size > 10000
 
 
+def test_a_transformer_that_knows_a_cycle_goes_on_with_it_past_its_context():
+    torch.manual_seed(0)
+    model, cycle = script.CodeModel(5, 16, 1, 32, 2), torch.arange(64) % 5
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        start = torch.randint(5, (8, 1))
+        optimiser.zero_grad()
+        script.next_code_loss(model, (start + torch.arange(16)) % 5).backward()
+        optimiser.step()
+    with torch.no_grad():
+        found = model.eval().go_on(cycle[:8].repeat(3, 1), 56)
+    assert found.shape == (3, 64) and (found == cycle).float().mean() > 0.95  # chance is a fifth
+
+
+def test_a_spectrogram_is_turned_back_into_sound_of_its_pitch_length_and_loudness():
+    front, tone = script.FrontEnd(320), torch.arange(16000) / 16000 * 2 * math.pi * 1000
+    front.mean.fill_(-3.0), front.sd.fill_(2.0)
+    waveform = script.to_waveform(front(0.3 * torch.sin(tone)[None]), front)[0]
+    assert abs(len(waveform) - 16000) <= 2 * 320
+    spectrum = torch.fft.rfft(waveform[:15900], 16000).abs()
+    assert abs(spectrum.argmax().item() - 1000) < 40  # Hz; a mel band is 90 wide there
+    assert 0.5 < waveform[2000:14000].std() / (0.3 / 2**0.5) < 2
+
+
+def test_continuations_are_written_as_sound_and_picture_one_set_a_file(finished, folder):
+    files = sorted((folder / "audio").glob("4-*"))[:2]
+    result = run("--out", finished[1], "--predict", *files, "--sample", 2)
+    assert result.returncode == 0 and result.stderr == ""
+    samples = finished[1] / "samples"
+    assert {path.name for path in samples.iterdir()} == {
+        *("0_0.wav", "0_1.wav", "0.png", "1_0.wav", "1_1.wav", "1.png")
+    }
+    waveforms = [soundfile.read(samples / f"0_{k}.wav")[0] for k in range(2)]
+    assert len(waveforms[0]) / 16000 == pytest.approx((32 + 64) * 0.04, abs=0.05)  # codes of 40 ms
+    assert np.abs(waveforms[0]).max() > 0.01 and not np.array_equal(*waveforms)
+
+
 def test_predict_prints_three_classes_for_each_file_and_skips_the_others(finished, folder):
     files = sorted((folder / "audio").glob("4-*"))[:3] + [folder / "audio" / "1-99-A-0.wav"]
     result = run("--out", finished[1], "--predict", *files)
@@ -429,6 +466,8 @@ def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
         ("--data", "{esc}", "--out", "{broken}/a.txt"),
         ("--resume", "--out", "{broken}"),
         ("--step", "3"),
+        ("--sample", "2"),
+        ("--predict", "x.wav", "--sample", "-1"),
         ("--objectives", "both"),
         ("--batch-size", "1"),
         ("--data", "{two}"),
