@@ -34,7 +34,8 @@ AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff
 
 def die(message: str):
     """Ends the program as bad input does: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -98,6 +99,8 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     try:
         with soundfile.SoundFile(path) as file:
             source_rate, first = file.samplerate, round(start * file.samplerate)
+            if not 1000 <= source_rate <= 10**6:
+                raise ValueError(f"{source_rate} samples per second")
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
             skip = first  # seeking is not sample-exact in an mp3: decoded from its start
             if file.format != "MP3":
@@ -131,24 +134,27 @@ def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]
 def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) -> dict:
     """Reads every file once: {path: seconds} of those to use; the others are named and counted."""
     check = partial(check_audio, sample_rate=sample_rate, min_seconds=min_seconds)
-    usable, shown = {}, time.time()
-    results = zip(paths, in_background(check, paths, workers))
-    for done, (path, (seconds, reason)) in enumerate(results):
+    usable = {}
+    for path, (seconds, reason) in zip(paths, in_background(check, paths, workers, "scan")):
         if reason:
             print(f"skip   {reason}")
         else:
             usable[path] = seconds
-        if time.time() - shown > 20:
-            shown = time.time()
-            print(f"scan   {done + 1}/{len(paths)} files", flush=True)
     minutes = sum(usable.values()) / 60
     print(f"data   {len(usable)} of {len(paths)} files can be used, {minutes:.1f} minutes")
     return usable
 
 
-def in_background(function, items, workers: int):
-    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none)."""
-    return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers))
+def in_background(function, items, workers: int, doing=""):
+    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none). What
+    it is `doing`, if that has a name, is printed every 20 s."""
+    shown = time.time()
+    loader = DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers)
+    for done, result in enumerate(loader, 1):
+        yield result
+        if doing and time.time() - shown > 20:
+            shown = time.time()
+            print(f"{doing:6} {done}/{len(items)}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     With z = values / strength sorted and w = 1..n: rank = z - v, where v is the non-decreasing
     sequence closest to z - w. Where sorted values lie further apart than the strength, ranks are
     hard and the gradient is exactly zero, also of a wrong order; in between, blocks of neighbours
-    share theirs. Equal values share a rank as long as |values| < 1e15 strength (float64 inside).
+    share theirs, and equal values share a rank.
 
     Args:
         values: (..., n), any real dtype, on any device.
@@ -237,7 +243,12 @@ class SoftRank(torch.autograd.Function):
         order = rows.argsort(1)
         order += xp.arange(0, len(rows) * n, n, device=x.device)[:, None]  # into flattened rows
         w = xp.arange(1, n + 1, dtype=xp.float64, device=x.device)
-        y = rows.take(order) - strength * w  # (R, n), in float64: float32 values add up exactly
+        y = rows.take(order)  # (R, n), sorted
+        if abs(y[:, :: max(1, n - 1)]).max() > 1e9 * strength:  # float64 would lose strength * w
+            y = xp.asarray(y, dtype=w.dtype)  # gaps above n * strength part blocks, however wide
+            y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
+            y[:, 0] = 0
+        y = y - strength * w  # in float64: float32 values add up exactly
         cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
         short = n <= 32 and cost <= 1 << 20 if xp is np else cost <= 1 << 25
         fit, block = minmax(y) if short else pool(y, xp)
@@ -444,6 +455,16 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
     if not isinstance(state, dict) or state.get("made_by") != made_by:
         die(f"{path}: not a checkpoint of {made_by}")
     return state
+
+
+def save_first(state: dict, checkpoint: Path):
+    """Saves a run that is about to begin, so that a kill can be resumed from here on; the checkpoint
+    of another run in its folder is put aside."""
+    if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
+        os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
+        print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
+    state["begun"] = True
+    write_whole(checkpoint, partial(torch.save, state))
 
 
 def make_folder(path: Path):

@@ -55,7 +55,7 @@ from torchaudio.transforms import GriffinLim, InverseMelScale
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: sizes published by
@@ -64,7 +64,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
     "batch_size": (64, 64, 256, "N: clips in a step, two views of each"),
-    "sequences": (64, 32, 64, "clips, or code sequences, in a step of the generative half"),
+    "sequences": (64, 32, 64, "the same of the generative half, unless --batch-size is given"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
@@ -102,7 +102,8 @@ def parse_args(argv=None) -> argparse.Namespace:
             add("--" + name.replace("_", "-"), type=type(paper), help=text)
         else:
             parser.epilog += f"{name}: {text}. "
-    add("--out", type=Path, default=Path("out/contrastive_generative"), metavar="DIR")
+    add("--out", type=Path, default=Path("out/contrastive_generative"), metavar="DIR",
+        help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
     add("--workers", type=int, default=2, help="processes that read audio; changes no result")
@@ -110,9 +111,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
     add("--sample", type=int, default=0, metavar="N", help="with --predict: N ways to go on, as wav files")
     args = parser.parse_args(argv)
+    batch_size = args.batch_size  # if given, of the generative half too
     column = ("demo", "data", "paper").index(args.setting or ("data" if args.data else "demo"))
     for name, columns in HYPER_PARAMETERS.items():
         given = getattr(args, name, None)
+        if name == "sequences" and given is None:
+            given = batch_size
         setattr(args, name, columns[column] if given is None else given)
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
@@ -167,6 +171,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     paths, tables = find_audio(folder), {f.name: f for f in find_audio(folder, {".csv"})}
     if subset and "esc50.csv" not in tables:
         die(f"--subset {subset}: no esc50.csv below {folder}")
+    if "dev.csv" in tables and "eval.csv" not in tables:
+        print(f"skip   {tables['dev.csv']}: without eval.csv this is not FSD50K's split")
     read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
     stems, genre = {path.stem: path for path in paths}, r"(?:gtzan_)?([a-z]+)[._](\d{5})"
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
@@ -174,12 +180,12 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
              and m[1] in gtzan.gtzan_genres}  # fmt: skip
     try:
         if "esc50.csv" in tables:
-            layout, rows = "ESC-50, official folds", [
+            layout, rows = f"ESC-50, official folds of {tables['esc50.csv']}", [
                 (find(row["filename"]), [row["category"]], row["fold"])
                 for row in read("esc50.csv") if not subset or row["esc10"] == "True"]  # fmt: skip
         elif {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
-            layout, rows = "FSD50K, official split", [
+            layout, rows = f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
                 for name in ("dev.csv", "eval.csv") for row in read(name)]  # fmt: skip
         elif len(match) > 0.8 * len(paths):
@@ -532,7 +538,8 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
     for models in variants:
         models.eval()
     length, step = front.frames // 2, front.frames // 4  # of a window, in codes
-    for waveform in in_background(partial(read_audio, sample_rate=SAMPLE_RATE), paths, workers):
+    read = partial(read_audio, sample_rate=SAMPLE_RATE)
+    for waveform in in_background(read, paths, workers, "embed"):
         waveform = waveform.repeat(math.ceil(WINDOW_SECONDS * SAMPLE_RATE / len(waveform)))
         log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
         windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)  # (n, F, -)
@@ -761,7 +768,7 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     state["classes"], rows_of = classes, state.setdefault("rows", {})
-    write_whole(checkpoint, partial(torch.save, state))  # from here on a kill can be resumed
+    save_first(state, checkpoint)
     parts, table = np.array([part for *_, part in clips]), []
     folds = sorted(set(parts) - {"train", "valid", "test"})
     splits = {f"fold {fold}": np.select([parts == fold, parts == valid], ["test", "valid"], "train")

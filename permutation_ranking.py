@@ -56,7 +56,8 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    scan_audio, soft_rank, start_run, training, write_whole)  # fmt: skip
+                    save_first, scan_audio, soft_rank, start_run, training,
+                    write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
@@ -457,7 +458,7 @@ def embed(models: dict, notes: list, seconds: float, workers: int) -> dict[str, 
     """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
     deviation of the log spectrum over time; as "chance" a constant."""
     load = partial(load_view, start=0.0, seconds=min(4.0, 2 * seconds))
-    waveforms = in_background(load, [note.path for note in notes], workers)
+    waveforms = in_background(load, [note.path for note in notes], workers, "embed")
     features = {name: [] for name in ("chance", "statistics", *models)}
     device = next(next(iter(models.values())).parameters()).device
     while batch := [waveform for _, waveform in zip(range(32), waveforms)]:
@@ -665,7 +666,7 @@ def main(args: argparse.Namespace):
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's notes
     notes = load_notes(folder, workers)
-    write_whole(out / "checkpoint.pt", partial(torch.save, state))  # now a kill can be resumed
+    save_first(state, out / "checkpoint.pt")
 
     train_arm = partial(train, seconds=seconds, batch_size=args.batch_size, steps=args.steps,
                         lr=args.lr, workers=workers, state=state,

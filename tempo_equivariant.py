@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
@@ -635,7 +635,7 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     model.eval()
     load = partial(load_windows, sample_rate=model.sample_rate)
     device, h, clip = next(model.parameters()).device, [], []
-    for number, windows in enumerate(in_background(load, paths, workers)):
+    for number, windows in enumerate(in_background(load, paths, workers, "embed")):
         h += [model.embed(model.views(part.to(device))).cpu() for part in windows.split(32)]
         clip += [number] * len(windows)
     return torch.cat(h), torch.tensor(clip)
@@ -884,12 +884,12 @@ def main(args: argparse.Namespace):
     if not (labelled := len(songs) >= 10):
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
         clips = [(path, seconds, math.nan, song) for path, seconds, _, song in clips]
-    write_whole(checkpoint, partial(torch.save, state))  # from here on a kill can be resumed
+    save_first(state, checkpoint)
     if labelled:
         bpm = np.array([clip[2] for clip in clips])
         classical = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
         classical = np.array(list(in_background(classical, [clip[0] for clip in clips],
-                                                args.workers)))  # fmt: skip
+                                                args.workers, "onset")))  # fmt: skip
 
     def build(name, seed):
         """An encoder; random, supervised and SSL arms of a seed start from the same weights."""

@@ -86,6 +86,34 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
     assert "is of --data songs" in capsys.readouterr().err
 
 
+def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    checkpoint, old = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.old.pt"
+    first = common.open_run(arguments, "test")
+    common.save_first(first, checkpoint)
+    assert not old.exists()
+    torch.save(first | {"arms": {"done": 1}}, checkpoint)
+    common.save_first(common.open_run(arguments | {"resume": True}, "test"), checkpoint)
+    assert not old.exists()  # the same run, going on
+    common.save_first(common.open_run(arguments, "test"), checkpoint)
+    assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
+
+
+def test_of_several_processes_one_says_why_they_end(monkeypatch, capsys):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            common.die("why")
+    assert capsys.readouterr().err == "error: why\n"
+
+
+def test_long_work_in_the_background_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 8))  # seconds
+    monkeypatch.setattr(common.time, "time", lambda: next(clock))
+    assert list(common.in_background(str, range(7), 0, "count")) == list("0123456")
+    assert capsys.readouterr().out == "count  3/7\ncount  6/7\n"
+
+
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])
 def test_an_excerpt_equals_the_slice_of_the_whole_file(tmp_path, suffix):
     noise = np.random.default_rng(0).standard_normal(3 * 16000) * 0.1
@@ -115,7 +143,8 @@ def test_unusable_files_raise_one_line_that_names_them(tmp_path):
     (tmp_path / "zero.wav").write_bytes(b"")
     soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), 8000, subtype="FLOAT")
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
-    for name in ("text.wav", "zero.wav", "nan.wav", "none.wav", "missing.wav"):
+    soundfile.write(tmp_path / "slow.wav", np.ones(100), 8)
+    for name in ("text.wav", "zero.wav", "nan.wav", "none.wav", "slow.wav", "missing.wav"):
         with pytest.raises(ValueError, match=name) as error:
             common.read_audio(tmp_path / name, 8000)
         assert "\n" not in str(error.value)
@@ -255,6 +284,23 @@ def test_soft_rank_takes_any_shape_layout_and_dtype():
         assert empty.grad.shape == shape
     huge = torch.tensor([[1e30, -1e30, 0.0, 2e30, 5.0], [1.0, 2.0, 3.0, 1e30, -1e30]])
     assert common.soft_rank(huge, 0.5).tolist() == [[4, 1, 2, 5, 3], [2, 3, 4, 5, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e9, 1e15, 1e30])
+@pytest.mark.parametrize("count", [3, 60])
+def test_ties_and_neighbours_keep_their_ranks_however_large_others_are(dtype, size, count):
+    same = torch.full((2, count), -size, dtype=dtype)  # what hides entries of a row
+    assert torch.equal(common.soft_rank(same), torch.full_like(same, (count + 1) / 2))
+    x = torch.randn(2, count, dtype=dtype)
+    mixed = torch.cat([same, x, -same], 1).requires_grad_()
+    ranks = common.soft_rank(mixed, 0.3)
+    torch.testing.assert_close(ranks[:, :count], torch.full_like(same, (count + 1) / 2))
+    alone = x.clone().requires_grad_()
+    torch.testing.assert_close(ranks[:, count:-count], common.soft_rank(alone, 0.3) + count)
+    ranks[:, count:-count].square().sum().backward()
+    (common.soft_rank(alone, 0.3) + count).square().sum().backward()
+    torch.testing.assert_close(mixed.grad[:, count:-count], alone.grad, atol=1e-3, rtol=0)  # of 400
 
 
 def test_a_row_of_nan_stays_alone():
