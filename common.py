@@ -146,8 +146,8 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
 
 
 def in_background(function, items, workers: int, doing=""):
-    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none). What
-    it is `doing`, if that has a name, is printed every 20 s."""
+    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none);
+    what it is `doing`, if that has a name, is printed every 20 s."""
     shown = time.time()
     loader = DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers)
     for done, result in enumerate(loader, 1):
@@ -458,8 +458,8 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 
 def save_first(state: dict, checkpoint: Path):
-    """Saves a run that is about to begin, so that a kill can be resumed from here on; the checkpoint
-    of another run in its folder is put aside."""
+    """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
+    checkpoint in its folder is put aside."""
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
         print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
@@ -497,19 +497,18 @@ def open_run(arguments: dict, made_by: str) -> dict:
     return state
 
 
-def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load, workers: int,
+def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load, workers: int,
              state: dict, checkpoint: Path, monitor=None):  # fmt: skip
-    """Yields (batch, network, update) for each step of an arm that is left to do; a script's loop
-    computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA) and
-    calls update(loss). Around it: AdamW on one cycle, clipped gradients, a seed for every step,
-    batches read ahead by load(step, items=those of this process), a progress line with monitor()
-    or the last losses, and a checkpoint once a minute, at the end of the arm and on Ctrl-C. A
-    finished arm yields nothing: the model gets its weights.
+    """Yields (batch, network, losses) for each step of an arm that is left to do; a script's loop
+    computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
+    the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
+    every step, batches read ahead by load(step, items=those of this process), a progress line with
+    monitor() or the last losses, and a checkpoint once a minute, at the end of the arm and on
+    Ctrl-C. A finished arm yields nothing: the model gets its weights.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])
         return
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
     (rank, size), losses = rank_and_size(), deque(maxlen=20)
     load = partial(load, items=range(rank * clips // size, (rank + 1) * clips // size))
     first, began, saved, shown, stop = 0, time.time(), time.time(), 0.0, []
@@ -527,22 +526,14 @@ def training(arm: str, model: nn.Module, lr: float, steps: int, clips: int, load
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return parallel(*inputs).float()
 
-    def update(loss):
-        """One step of the optimiser at this step's learning rate."""
-        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then a cosine to zero
-        rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
-        for group in optimiser.param_groups:
-            group["lr"] = lr * rate
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        losses.append(loss.detach())
-
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
     for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
         torch.manual_seed(random_key(arm, step, rank))
-        yield [part.to(device) for part in batch], network, update
+        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then a cosine to zero
+        rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
+        for group in optimiser.param_groups:
+            group["lr"] = optimiser.defaults["lr"] * rate
+        yield [part.to(device) for part in batch], network, losses
         done, now = step + 1 - first, time.time()
         if done == 1 or step + 1 == steps or now - shown > 20:
             shown, pace = now, done / (now - began)

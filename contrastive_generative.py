@@ -109,7 +109,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
-    add("--sample", type=int, default=0, metavar="N", help="with --predict: N ways to go on, as wav files")
+    add("--sample", type=int, default=0, metavar="N", help="and N continuations, as wav files")
     args = parser.parse_args(argv)
     batch_size = args.batch_size  # if given, of the generative half too
     column = ("demo", "data", "paper").index(args.setting or ("data" if args.data else "demo"))
@@ -461,9 +461,16 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
           workers: int, state: dict, checkpoint: Path):  # fmt: skip
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
-    for batch, network, update in training(arm, model, lr, steps, batch_size,
-                                           partial(load, arm=arm), workers, state, checkpoint):
-        update(loss_of(network, *batch))
+    load = partial(load, arm=arm)
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    for batch, network, losses in training(arm, model, optimiser, steps, batch_size, load, workers,
+                                           state, checkpoint):  # fmt: skip
+        loss = loss_of(network, *batch)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.detach())
 
 
 def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, seen: Tensor,

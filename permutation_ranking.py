@@ -422,11 +422,18 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, seconds: float, batc
           steps: int, lr: float, workers: int, state: dict, checkpoint: Path, shuffled=True):
     """Trains the model in place with loss_of(output, ranks 1..n, choice, family, pitch)."""
     load = partial(load_batch, arm=arm, notes=notes, seconds=seconds, fixed=model.fixed.cpu())
-    for (waveform, permutation, *labels), network, update in training(
-            arm, model, lr, steps, batch_size, load, workers, state, checkpoint):  # fmt: skip
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    for (waveform, permutation, *labels), network, losses in training(
+            arm, model, optimiser, steps, batch_size, load, workers, state,
+            checkpoint):  # fmt: skip
         patches = model.patches(waveform)  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
-        update(loss_of(output, permutation + 1.0, *labels))
+        loss = loss_of(output, permutation + 1.0, *labels)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.detach())
 
 
 # -----------------------------------------------------------------------------

@@ -585,11 +585,17 @@ def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_si
     history, of_z = deque(maxlen=20), not isinstance(model, TempoClassifier)
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
                    seconds=model.seconds * max_stretch + 0.2, sample_rate=model.sample_rate)
-    for (waveform, rate, bpm), network, update in training(
-            arm, model, lr, steps, batch_size, load, workers, state, checkpoint,
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    for (waveform, rate, bpm), network, losses in training(
+            arm, model, optimiser, steps, batch_size, load, workers, state, checkpoint,
             partial(describe, history) if of_z else None):  # fmt: skip
         output = network(model.views(waveform, rate))  # (2B,) or (2B, 300)
-        update(loss_of(output, rate, bpm))
+        loss = loss_of(output, rate, bpm)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.detach())
         history.append((output.detach(), rate, bpm))
 
 
