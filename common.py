@@ -50,12 +50,13 @@ class AudioError(ValueError):
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     """All audio (or other) files below a folder, sorted, each once however many links lead to it,
     without the litter of unpacking."""
-    found = [Path(where) / name for where, _, names in os.walk(folder, followlinks=True)
-             for name in names if Path(name).suffix.lower() in suffixes]  # fmt: skip
-    found = [f for f in found if f.name[:2] != "._"]
-    found = [f for f in found if not {"__MACOSX", "images_original"} & set(f.parts)]
-    found.sort(key=lambda f: len(f.parts), reverse=True)  # of several ways the shortest is kept
-    return sorted({os.path.realpath(f): f for f in found}.values())
+    found = []
+    for where, _, names in os.walk(folder, followlinks=True):
+        if not {"__MACOSX", "images_original"} & set(Path(where).parts):
+            found += [Path(where, name) for name in names if not name.startswith("._")]
+    found = [path for path in found if path.suffix.lower() in suffixes]
+    found.sort(key=lambda path: len(path.parts), reverse=True)  # of several ways the shortest stays
+    return sorted({os.path.realpath(path): path for path in found}.values())
 
 
 @lru_cache
@@ -63,7 +64,7 @@ def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     """torchaudio's Resample. Its kernel grows with the terms of the ratio, and 44101 -> 16000 takes
     a minute: a ratio of terms above 1000 is rounded to one below, by less than 0.06 %."""
     ratio = Fraction(source_rate, sample_rate)
-    if max(ratio.numerator, ratio.denominator) > 1000:
+    if max(ratio.as_integer_ratio()) > 1000:
         ratio = ratio.limit_denominator(1000 * sample_rate // max(source_rate, sample_rate))
     return Resample(ratio.numerator, ratio.denominator)
 
@@ -72,9 +73,9 @@ def resample(waveform: Tensor, source_rate: int, sample_rate: int) -> Tensor:
     """(S,) at source_rate -> at sample_rate, in pieces of about a minute: as a whole, a file of
     20 minutes takes gigabytes. The pieces overlap, so that no edge is heard."""
     transform = resampler(source_rate, sample_rate)
-    if transform.orig_freq == transform.new_freq:
-        return waveform
     up, down = transform.new_freq, transform.orig_freq  # in lowest terms
+    if up == down:
+        return waveform
     piece = -(-60 * source_rate // down) * down  # samples, a multiple of `down`
     margin = -(-transform.width // down) * down
     pieces = []
@@ -102,12 +103,13 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
             if not 1000 <= source_rate <= 10**6:
                 raise ValueError(f"{source_rate} samples per second")
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
-            skip = first  # seeking is not sample-exact in an mp3: decoded from its start
-            if file.format != "MP3":
-                skip = 0
+            skip, size = 0, 2**20  # read in parts: channels of hours are not held at once
+            if file.format == "MP3":  # only a read from the start and in one go is sample-exact
+                skip, size = first, max(1, file.frames)
+            else:
                 file.seek(min(first, file.frames))
             wanted = -1 if frames < 0 else skip + frames
-            parts = file.blocks(2**20, frames=wanted, dtype="float32", always_2d=True)
+            parts = file.blocks(size, frames=wanted, dtype="float32", always_2d=True)
             samples = np.concatenate([np.zeros(0, "float32"), *(part.mean(1) for part in parts)])
             samples = samples[skip:]  # (S,), the mean of the channels
     except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
@@ -116,7 +118,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     waveform = torch.from_numpy(samples)
     if len(waveform) == 0 or not waveform.isfinite().all():
         raise AudioError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
-    return waveform if source_rate == sample_rate else resample(waveform, source_rate, sample_rate)
+    return resample(waveform, source_rate, sample_rate)
 
 
 def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]:
@@ -397,9 +399,8 @@ def start_run(device: str = "") -> torch.device:
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass  # another C library: as fast as it is
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    best = "mps" if torch.backends.mps.is_available() else best
-    chosen = device or best
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    chosen = device or ("cuda" if torch.cuda.is_available() else best)
     try:
         if chosen == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -511,7 +512,8 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
         return
     (rank, size), losses = rank_and_size(), deque(maxlen=20)
     load = partial(load, items=range(rank * clips // size, (rank + 1) * clips // size))
-    first, began, saved, shown, stop = 0, time.time(), time.time(), 0.0, []
+    began = saved = time.time()
+    first, shown, stop = 0, 0.0, []
     if state["running"].get("arm") == arm:
         first = state["running"]["step"]
         model.load_state_dict(state["running"]["model"])
@@ -559,28 +561,26 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
 def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[dict]:
     """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside: the
     rows that it returns."""
-    rows = []
-    for same in zip(*rows_of_seeds, strict=True):
-        row = {"row": same[0]["row"]}
-        assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
-        for name in [k for k in same[0] if k != "row"]:
-            values = [r[name] for r in same]
-            if not isinstance(values[0], float):  # a count, or - where there is none
-                several = len(set(values)) > 1
-                row[name] = f"{min(values)} to {max(values)}" if several else values[0]
-                continue
-            row[name] = float(np.mean(values))
-            if len(same) > 1:
-                row[f"{name}_sd"] = float(np.std(values, ddof=1))
-        rows.append(row)
-    names = [k for k in rows[0] if k != "row" and not k.endswith("_sd")]
-    width = max(len(r["row"]) for r in rows) + 2
+    rows, names = [], [name for name in rows_of_seeds[0][0] if name != "row"]
+    width = max(len(row["row"]) for row in rows_of_seeds[0]) + 2
     print("result".ljust(width) + "".join(f"  {name:>15}" for name in names))
-    for row in rows:
-        cells = [f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k]) for k in names]
-        spreads = [f" ± {row[k + '_sd']:.3f}" if k + "_sd" in row else "" for k in names]
-        cells = "".join(f"  {cell + spread:>15}" for cell, spread in zip(cells, spreads))
-        print(f"  {row['row']}".ljust(width) + cells)
+    for same in zip(*rows_of_seeds, strict=True):
+        row, line = dict(same[0]), f"  {same[0]['row']}".ljust(width)
+        assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
+        for name in names:
+            values = [other[name] for other in same]
+            if isinstance(values[0], float):
+                row[name] = float(np.mean(values))
+                cell = f"{row[name]:.3f}"
+                if len(same) > 1:
+                    row[f"{name}_sd"] = float(np.std(values, ddof=1))
+                    cell += f" ± {row[f'{name}_sd']:.3f}"
+            else:  # a count, or - where there is none
+                several = len(set(values)) > 1
+                cell = row[name] = f"{min(values)} to {max(values)}" if several else values[0]
+            line += f"  {cell:>15}"
+        print(line)
+        rows.append(row)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
@@ -612,13 +612,11 @@ def median_times(contestants: dict, make, rounds: int) -> dict:
 def benchmark():
     """Prints what the front end and soft_rank cost on one thread, beside what others offer."""
     torch.set_num_threads(1)
-    shape = dict(n_fft=1024, f_min=30, f_max=11000, n_mels=40)
-    ours = LogMel(22050, hop_length=220, **shape)
-    theirs = MelSpectrogram(22050, hop_length=220, power=1, **shape)
-    taken = median_times({"LogMel": ours, "torchaudio": lambda x: torch.log(theirs(x) + 1e-7)},
-                         lambda: (torch.randn(32, 220500),), 10)  # fmt: skip
-    print("front end, clips of 10 s per second: "
-          + ", ".join(f"{name} {32 / seconds:.0f}" for name, seconds in taken.items()))  # fmt: skip
+    shape = dict(n_fft=1024, hop_length=220, f_min=30, f_max=11000, n_mels=40)
+    theirs = MelSpectrogram(22050, power=1, **shape)
+    front_ends = {"LogMel": LogMel(22050, **shape), "torchaudio": lambda x: torch.log(theirs(x))}
+    for name, taken in median_times(front_ends, lambda: [torch.randn(32, 220500)], 10).items():
+        print(f"front end, clips of 10 s per second: {name} {32 / taken:.0f}")
     backward = lambda rank: lambda x, grad, strength: rank(x, strength).backward(grad)
     contestants = {"soft_rank": backward(soft_rank), "torch.sort": lambda x, *_: torch.sort(x)}
     try:

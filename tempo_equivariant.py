@@ -47,7 +47,7 @@ import os
 import re
 import time
 import unicodedata
-from collections import deque
+from collections import defaultdict, deque, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -165,7 +165,7 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     pick = lambda options: options[rng.integers(len(options))]
     beat, half, downbeat = every(ticks), every(2 * ticks), every(bar)
     offbeat = every(ticks, (ticks + 1) // 2)
-    eighths, back = beat + offbeat, beat - half if beats == 4 else beat - downbeat
+    eighths, back = beat + offbeat, beat - (half if beats == 4 else downbeat)
     accent = 1 + rng.uniform(0.3, 1) * (0.25 * beat + 0.15 * eighths + 0.2 * downbeat - 0.6)
     parts = []  # (loudness of each tick, the sounds to choose from under each of four chords)
     has_drums = rng.random() < 0.85
@@ -252,7 +252,7 @@ def read_truth(path: Path) -> list[tuple]:
     if kind == ".beats":  # lines of time<TAB>position
         times = [line.split()[0] for line in text.splitlines() if line.strip()]
         return [(path.name, beat_tempo(times), "")]
-    if kind == ".jams":
+    if kind == ".jams":  # a tempo if there is one, else beats
         parts = json.loads(text)["annotations"]
         tempi = [event["value"] for part in parts if part["namespace"] == "tempo"
                  for event in part["data"][:1]]  # fmt: skip
@@ -264,8 +264,9 @@ def read_truth(path: Path) -> list[tuple]:
         return [(str(r["audio_filepath"]), r["tempo"], "") for r in index]
     if kind == ".mf":  # Marsyas' tables have no heading, and now and then two tabs
         text = "file\tbpm\n" + re.sub(r"\t+", "\t", text)
-    rows = list(csv.DictReader(text.splitlines(), delimiter="," if kind == ".csv" else "\t"))
-    rows = rows if rows and {"file", "bpm"} <= set(rows[0]) else []
+    rows = csv.DictReader(text.splitlines(), delimiter="," if kind == ".csv" else "\t")
+    if not {"file", "bpm"} <= set(rows.fieldnames or []):
+        return []  # a table of something else
     return [(r["file"] or "", r["bpm"], r.get("song") or r.get("origin") or "") for r in rows]
 
 
@@ -279,10 +280,10 @@ def to_bpm(value) -> float:
 
 def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]:
     """{path: (BPM or nan, song)} from the best kind of annotation below the folder that fits."""
-    named = {}  # what an annotation may call a file -> the files that this can be
+    named = defaultdict(list)  # what an annotation may call a file: the files that this can be
     for path in paths:
-        for name in (track_key(path.name), os.path.normpath(path)):
-            named.setdefault(name, []).append(path)
+        named[os.path.normpath(path)].append(path)
+        named[track_key(path.name)].append(path)
     files = find_audio(folder, TRUTH_KINDS)
     for kind in TRUTH_KINDS:
         truth, used, strangers, numberless = {}, set(), 0, 0
@@ -294,15 +295,15 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
                 print(f"skip   {file}: not an annotation ({type(e).__name__})")
                 continue
             for name, value, song in rows:
-                places = (os.path.normpath(base / name) for base in (folder, file.parent))
-                names, bpm = (*places, track_key(name)), to_bpm(value)
-                meant = next((named[place] for place in names if place in named), [])
+                places = [os.path.normpath(base / name) for base in (folder, file.parent)]
+                meant = next((named[n] for n in (*places, track_key(name)) if n in named), [])
                 meant = [path for path in meant if path.parent == file.parent] or meant
+                bpm = to_bpm(value)
                 numberless += math.isnan(bpm)
                 strangers += len(meant) != 1  # no such file, or several of that name
                 if len(meant) == 1 and not (math.isnan(bpm) and meant[0] in truth):
                     truth[meant[0]] = (bpm, song or str(meant[0]))  # a song even without a number
-                    used.add(file if kind[-2:] in ("sv", "mf", "on") else file.parent)
+                    used.add(file if kind in (".mf", ".json", ".csv", ".tsv") else file.parent)
         count = sum(not math.isnan(bpm) for bpm, _ in truth.values())
         if truth or strangers:
             print(f"truth  {kind} in {', '.join(map(str, sorted(used))) or folder}: {count} of "
@@ -316,15 +317,17 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
     return {}
 
 
-def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int) -> list[tuple]:
-    """All to use below a folder: [(path, seconds, BPM or nan, song)]; dies if there is nothing."""
-    if not folder.is_dir():
-        die(f"--data {folder}: not a folder; expected audio in one, as genres/pop/pop.00001.wav")
+Clip = namedtuple("Clip", "path seconds bpm song", defaults=(math.nan, ""))  # nan: not known
+
+
+def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int) -> list[Clip]:
+    """All audio to use below a folder; dies if there is nothing."""
     seconds = scan_audio(find_audio(folder), sample_rate, min_seconds, workers)
     if not seconds:
-        die(f"--data {folder}: no audio to use (wav au mp3 flac ogg opus aiff, at any depth)")
+        die(f"--data {folder}: no folder with audio to use (wav au mp3 flac ogg opus aiff, at any "
+            "depth, as genres/pop/pop.00001.wav)")  # fmt: skip
     truth = find_truth(folder, list(seconds))
-    return [(str(path), s, *truth.get(path, (math.nan, str(path)))) for path, s in seconds.items()]
+    return [Clip(str(p), s, *truth.get(p, (math.nan, str(p)))) for p, s in seconds.items()]
 
 
 def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, max_stretch: float,
@@ -332,16 +335,17 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
     """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it:
     (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views then the second; (2B,) BPM
     of these views, nan where unknown."""
-    waveforms, rates, tempi, samples = [], [], [], round(seconds * sample_rate)
+    columns, samples = [], round(seconds * sample_rate)
     for item in items:
         rng = np.random.default_rng(random_key(arm, step, item))
-        path, length, bpm, _ = clips[rng.integers(len(clips))]
-        start = rng.uniform(0, max(0, length - seconds))
-        waveform = read_audio(path, sample_rate, start, seconds)[:samples]
-        waveforms.append(F.pad(waveform, (0, samples - len(waveform))))  # rounding: a few at most
-        rates.append(torch.tensor(np.exp(rng.uniform(-1, 1, 2) * math.log(max_stretch))).float())
-        tempi.append(bpm * rates[-1])
-    return torch.stack(waveforms), torch.stack(rates, 1).flatten(), torch.stack(tempi, 1).flatten()
+        clip = clips[rng.integers(len(clips))]
+        start = rng.uniform(0, max(0, clip.seconds - seconds))
+        waveform = read_audio(clip.path, sample_rate, start, seconds)[:samples]
+        waveform = F.pad(waveform, (0, samples - len(waveform)))  # rounding: a few at most
+        rate = torch.tensor(np.exp(rng.uniform(-1, 1, 2) * math.log(max_stretch))).float()
+        columns.append((waveform, rate, clip.bpm * rate))
+    waveform, rate, bpm = (torch.stack(column) for column in zip(*columns))  # (B, S), (B, 2) twice
+    return waveform, rate.T.flatten(), bpm.T.flatten()
 
 
 # -----------------------------------------------------------------------------
@@ -537,8 +541,6 @@ class TempoClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(width, CLASSES)
-        self.views, self.sample_rate = encoder.views, encoder.sample_rate
-        self.seconds = encoder.seconds
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder.embed(x))
@@ -582,14 +584,14 @@ def tempo_targets(bpm: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
           max_stretch: float, workers: int, state: dict, checkpoint: Path):  # fmt: skip
     """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
-    history, of_z = deque(maxlen=20), not isinstance(model, TempoClassifier)
+    history, encoder = deque(maxlen=20), getattr(model, "encoder", model)  # a classifier's, or it
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
-                   seconds=model.seconds * max_stretch + 0.2, sample_rate=model.sample_rate)
+                   seconds=encoder.seconds * max_stretch + 0.2, sample_rate=encoder.sample_rate)
+    monitor = partial(describe, history) if encoder is model else None  # of z
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, rate, bpm), network, losses in training(
-            arm, model, optimiser, steps, batch_size, load, workers, state, checkpoint,
-            partial(describe, history) if of_z else None):  # fmt: skip
-        output = network(model.views(waveform, rate))  # (2B,) or (2B, 300)
+            arm, model, optimiser, steps, batch_size, load, workers, state, checkpoint, monitor):
+        output = network(encoder.views(waveform, rate))  # (2B,) or (2B, 300)
         loss = loss_of(output, rate, bpm)
         optimiser.zero_grad()
         loss.backward()
@@ -601,15 +603,16 @@ def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_si
 
 def describe(history: deque) -> str:
     """What the loss cannot show, of the last steps: reading off the stretch pays too."""
-    z, rate, bpm = (torch.stack(column).cpu() for column in zip(*history))  # (20, 2B)
-    z_i, z_j, a_i, a_j = (half.T.flatten() for pair in (z, rate) for half in pair.chunk(2, 1))
-    ratio, one, r = tempo_ratio_loss(z_i, z_j, a_i, a_j), torch.ones_like(a_i), (a_i / a_j).log()
+    z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * 20,)
+    z_i, z_j, a_i, a_j = *z.chunk(2), *rate.chunk(2)  # of the first views, of the second
+    loss, constant = (tempo_ratio_loss(x, y, a_i, a_j) for x, y in ((z_i, z_j), (z_i, z_i)))
+    r = (a_i / a_j).log()
     slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
-    known = ~bpm.isnan()  # of the tracks as they are: the stretch alone, in both, would correlate
-    tracks = torch.stack([(z.abs() / rate)[known].log(), (bpm / rate)[known].log()])
-    truth = f" r(ln z/a, ln bpm) {torch.corrcoef(tracks)[0, 1]:.2f}" if known.sum() > 2 else ""
-    return (f"ratio loss {ratio:.4f} (constant z {tempo_ratio_loss(one, one, a_i, a_j):.4f}) "
-            f"mean |z| {z.abs().mean():.3g} slope {slope:.2f}{truth}")  # fmt: skip
+    text = f"ratio loss {loss:.4f} (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g}"
+    tracks = torch.stack([z.abs() / rate, bpm / rate])  # the stretch alone, in both, correlates
+    tracks = tracks[:, ~bpm.isnan()].log()
+    truth = f" r(ln z/a, ln bpm) {torch.corrcoef(tracks)[0, 1]:.2f}" if tracks.shape[1] > 2 else ""
+    return f"{text} slope {slope:.2f}{truth}"
 
 
 # -----------------------------------------------------------------------------
@@ -655,20 +658,21 @@ def mean_of_clips(scores: Tensor, clip: Tensor) -> Tensor:
 
 def song_folds(clips: list, seed: int) -> np.ndarray:
     """(n,) fold 0 to 4 of each clip; all excerpts of a song are in one."""
-    songs, song = np.unique([clip[3] for clip in clips], return_inverse=True)
-    order, fold = np.random.default_rng(random_key("folds", seed)).permutation(len(songs)), song * 0
-    unknown = np.ones(len(songs))
-    np.minimum.at(unknown, song, np.isnan([clip[2] for clip in clips]))
-    order = order[np.argsort(unknown[order], kind="stable")]  # those with a tempo are dealt first
-    fold[order] = np.arange(len(songs)) % 5
-    return fold[song]
+    songs = sorted({song for *_, song in clips})
+    with_tempo = {song for *_, bpm, song in clips if not math.isnan(bpm)}
+    np.random.default_rng(random_key("folds", seed)).shuffle(songs)
+    songs.sort(key=lambda song: song not in with_tempo)  # those are dealt first
+    fold = {song: k % 5 for k, song in enumerate(songs)}
+    return np.array([fold[song] for *_, song in clips])
 
 
 def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test=range(5)):
     """(n,) BPM of the clips in the folds `test`, nan elsewhere, by a head of 300 classes fitted to
     the frozen h of the other folds: the likeliest, after the mean over a clip's windows."""
     estimates, known = np.full(len(bpm), np.nan), ~np.isnan(bpm)
-    for fold in test if known.any() else ():
+    if not known.any():
+        return estimates
+    for fold in test:
         fit = torch.tensor((folds != fold) & known)[clip]  # (N,)
         head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]))
         likeliest = mean_of_clips(head(h).softmax(1), clip)[:, 1:].argmax(1).numpy() + 1
@@ -686,11 +690,10 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
     tracks = 1e-3 * rng.standard_normal((12, 14 * sample_rate))
     for track, bpm in zip(tracks, tempi):
         kick, snare, hat = (drum(kind, rng, sample_rate) for kind in ("kick", "snare", "hat"))
-        bar = [(0.3 * hat, 0.7 * kick), (0.3 * hat,), (0.3 * hat, 0.5 * snare), (0.3 * hat,)]
+        bar = [0.7 * kick + 0.3 * hat, 0.3 * hat, 0.5 * snare + 0.3 * hat, 0.3 * hat]
         for eighth in range(int(13.6 * bpm / 30)):
-            after = track[int(eighth * 30 / bpm * sample_rate) :]
-            for sound in bar[eighth % 4]:
-                after[: len(sound)] += sound[: len(after)]
+            start = int(eighth * 30 / bpm * sample_rate)
+            track[start : start + len(hat)] += bar[eighth % 4]
     tracks = torch.tensor(tracks, dtype=torch.float32, device=device)
     heard, _ = model.read(model.eval().embed(model.views(tracks)), 1.0)  # (12,)
     octaves = np.log2(tempi / heard.cpu().numpy())
@@ -737,52 +740,48 @@ def autocorrelation_tempo(path: str, sample_rate: int, n_fft: int) -> float:
 
 def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """(n,) the tempo that is right most often on the other folds: chance."""
-    right = lambda tempo, fold: (np.abs(tempo / bpm[folds != fold] - 1) <= 0.04).sum()
-    best = [max(range(30, CLASSES), key=lambda tempo: right(tempo, fold)) for fold in range(5)]
+    tempi = np.arange(30, CLASSES)
+    right = np.abs(tempi[:, None] / bpm - 1) <= 0.04  # (tempi, n)
+    best = [tempi[right[:, folds != fold].sum(1).argmax()] for fold in range(5)]
     return np.array(best)[folds]
 
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
-            workers: int) -> tuple[list[dict], dict]:  # fmt: skip
-    """All rows of an encoder and seed, and the tempi to draw. One SSL encoder is trained for each
-    fold of songs to leave out (-1: none); the first is probed, and kept if no seed's is yet."""
-    arm, rows, paths = f"{name} seed {seed}", [], [clip[0] for clip in clips]
-    bpm, folds = np.array([clip[2] for clip in clips]), song_folds(clips, seed)
-    known = ~np.isnan(bpm)
+            workers: int) -> tuple[dict, dict]:  # fmt: skip
+    """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
+    encoder is trained for each fold of songs to leave out (-1: none); the first is probed, and kept
+    if no seed's is yet."""
+    arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
+    bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
+    known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
     choose = lambda mask: [clip for clip, chosen in zip(clips, mask) if chosen]
-
-    def add_row(row, estimates):
-        """Scores the clips that have an estimate and a truth, if there are any."""
-        if not np.isnan(estimates * bpm).all():
-            rows.append({"row": f"{name}, {row}", **accuracies(estimates, bpm)})
-
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
-    add_row("random encoder + head", head_tempi(h, clip, bpm, folds))
+    rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
     random, _, _ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         loss = lambda logits, rate, bpm: F.cross_entropy(logits, tempo_targets(bpm))
         train_arm(f"{arm} supervised", classifier, loss, choose(known & (folds != 0)))
         h, clip = embed(encoder, paths, workers)
-        add_row("supervised + head, fold 0", head_tempi(h, clip, bpm, folds, [0]))
-    left_out, count = np.full(len(clips), np.nan), sum(fold >= 0 for fold in leave_out)
+        rows[f"{name}, supervised + head, fold 0"] = head_tempi(h, clip, bpm, folds, [0])
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
-        loss = partial(pretext_loss, tie=TIE[name])
-        train_arm(f"{arm} SSL {subset}", encoder, loss, choose(folds != fold))
+        train_arm(f"{arm} SSL {subset}", encoder, partial(pretext_loss, tie=TIE[name]),
+                  choose(folds != fold))  # fmt: skip
         h, clip = embed(encoder, paths, workers)
         calibration = calibrate(encoder, h[torch.tensor(folds != fold)[clip]])
         tempi, _, _ = label_free_tempi(encoder, h, clip, calibration)
         left_out[folds == fold] = tempi[folds == fold]
         if fold == leave_out[0]:
             kept.setdefault(name, {"arm": f"{arm} SSL {subset}", "calibration": calibration})
-            add_row(f"SSL encoder ({subset}) + head", head_tempi(h, clip, bpm, folds))
+            rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
             shown = (folds == fold) | (fold < 0)
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
         if fold < 0:
-            add_row("SSL label-free, same songs", tempi)
-    add_row(f"SSL label-free, songs left out ({count} of 5 folds)", left_out)
+            rows[f"{name}, SSL label-free, same songs"] = tempi
+    count = sum(fold >= 0 for fold in leave_out)
+    rows[f"{name}, SSL label-free, songs left out ({count} of 5 folds)"] = left_out
     return rows, figure
 
 
@@ -792,10 +791,10 @@ def stretch_response(model: nn.Module, clips: list) -> tuple[np.ndarray, Tensor]
     rates, device = 1.25 ** np.linspace(-1, 1, 9), next(model.parameters()).device
     waveform, _, _ = load_batch(0, clips, "response", range(32), 1.25 * model.seconds + 0.2, 1.0,
                                 model.sample_rate)  # fmt: skip
-    waveform, all_at = waveform.to(device), lambda rate: torch.full((64,), rate, device=device)
     torch.manual_seed(0)
-    z = torch.stack([model.eval()(model.views(waveform, all_at(rate))) for rate in rates])
-    z = z.abs().log().unflatten(1, (2, -1)).mean(1)  # (9, 32), of two views each
+    views = [model.views(waveform.to(device), torch.full((64,), a, device=device)) for a in rates]
+    z = torch.stack([model.eval()(x) for x in views]).abs().log()  # (9, 64)
+    z = z.unflatten(1, (2, -1)).mean(1)  # (9, 32), of two views each
     return rates, (z - z[4]).exp().median(1).values.cpu()
 
 
@@ -855,19 +854,16 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     model.load_state_dict(state["arms"][kept["arm"]])
     print(f"model  {kept['arm']}, label-free")
     if files:
-        usable = scan_audio(files, model.sample_rate, 1.0, workers)
-        clips = [(path, seconds, math.nan, "") for path, seconds in usable.items()]
+        clips = [Clip(*item) for item in scan_audio(files, model.sample_rate, 1.0, workers).items()]
     else:
         clips = load_clips(data, model.sample_rate, 1.0, workers)
     if not clips:
         die("none of these files can be used")
-    tempi = []
-    for path, _, _, _ in clips:
-        (tempo,), (second,), (confidence,) = label_free_tempi(model, *embed(model, [path], 0),
-                                                              kept["calibration"])  # fmt: skip
+    paths, bpm = [clip.path for clip in clips], [clip.bpm for clip in clips]
+    tempi, *rest = label_free_tempi(model, *embed(model, paths, workers), kept["calibration"])
+    for path, tempo, second, confidence in zip(paths, tempi, *rest):
         print(f"{path}: {tempo:.1f} BPM, or {second:.0f} BPM; confidence {confidence:.2f}")
-        tempi.append(tempo)
-    if not np.isnan(bpm := [clip[2] for clip in clips]).all():
+    if not np.isnan(bpm).all():
         print(f"result {accuracies(tempi, bpm)}")
 
 
@@ -886,16 +882,18 @@ def main(args: argparse.Namespace):
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's audio
     clips = load_clips(folder, args.sample_rate, min_seconds, args.workers)
-    songs = {song for _, _, bpm, song in clips if not math.isnan(bpm)}
-    if not (labelled := len(songs) >= 10):
+    songs = {clip.song for clip in clips if not math.isnan(clip.bpm)}
+    labelled = len(songs) >= 10
+    if not labelled:
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
-        clips = [(path, seconds, math.nan, song) for path, seconds, _, song in clips]
+        clips = [clip._replace(bpm=math.nan) for clip in clips]
     save_first(state, checkpoint)
+    leave_out = [-1] if args.data else []  # folds of songs; -1: none
+    bpm, paths = np.array([clip.bpm for clip in clips]), [clip.path for clip in clips]
     if labelled:
-        bpm = np.array([clip[2] for clip in clips])
-        classical = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
-        classical = np.array(list(in_background(classical, [clip[0] for clip in clips],
-                                                args.workers, "onset")))  # fmt: skip
+        leave_out += range(args.left_out_folds)
+        method = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
+        classical = np.array(list(in_background(method, paths, args.workers, "onset")))
 
     def build(name, seed):
         """An encoder; random, supervised and SSL arms of a seed start from the same weights."""
@@ -905,27 +903,26 @@ def main(args: argparse.Namespace):
     train_arm = partial(train, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
                         max_stretch=args.max_stretch, workers=args.workers, state=state,
                         checkpoint=checkpoint)  # fmt: skip
-    leave_out = [-1] * bool(args.data) + list(range(args.left_out_folds)) * labelled
     table, figures = [], {}
     for seed in dict.fromkeys(args.seed):
-        rows = []
+        tempi, rows = {}, []  # of each row (n,) BPM, nan where it has none; its scores
         if labelled:
             folds = song_folds(clips, seed)
-            left_out = np.where(np.isin(folds, leave_out), classical, np.nan)
-            rows = [{"row": "best constant, 5 folds", **accuracies(best_constant(bpm, folds), bpm)},
-                    {"row": "autocorrelation of the onset strength", **accuracies(classical, bpm)},
-                    {"row": f"autocorrelation, songs left out ({args.left_out_folds} of 5 folds)",
-                     **accuracies(left_out, bpm)}]  # fmt: skip
+            row = f"autocorrelation, songs left out ({args.left_out_folds} of 5 folds)"
+            tempi = {"best constant, 5 folds": best_constant(bpm, folds),
+                     "autocorrelation of the onset strength": classical,
+                     row: np.where(np.isin(folds, leave_out), classical, np.nan)}  # fmt: skip
         for name in args.encoders:
-            more, figure = compare(name, seed, clips, build, train_arm, state["kept"], leave_out,
-                                   args.workers)  # fmt: skip
-            rows += more
-            figures.setdefault(name, figure)
-            if not more:  # nothing to score with: what it hears
-                heard = partial(np.percentile, figure["trained"])
-                row = {"row": f"{name}, label-free BPM of {len(clips)} clips"}
-                rows.append(row | {f"p{q}": float(heard(q)) for q in (5, 25, 50, 75, 95)})
+            more, figures[seed] = compare(name, seed, clips, build, train_arm, state["kept"],
+                                          leave_out, args.workers)  # fmt: skip
+            tempi |= more
             write_whole(checkpoint, partial(torch.save, state))
+        for row, heard in tempi.items():
+            if labelled:
+                rows.append({"row": row, **accuracies(heard, bpm)})
+            elif not np.isnan(heard).any():  # nothing to score with: what it hears, in BPM
+                percentiles = {f"p{q}": float(np.percentile(heard, q)) for q in (5, 25, 50, 75, 95)}
+                rows.append({"row": row, **percentiles})
         table.append(rows)
     report(table, out / "results.json", state["args"], round(time.time() - began, 1))
     responses = {}
@@ -934,7 +931,7 @@ def main(args: argparse.Namespace):
         responses[f"{name}, random"] = stretch_response(model, clips)
         model.load_state_dict(state["arms"][state["kept"][name]["arm"]])
         responses[f"{name}, trained"] = stretch_response(model, clips)
-    figure = figures[args.encoders[-1]]
+    figure = figures[args.seed[0]]  # of the last encoder
     write_whole(out / "tempo.png", partial(draw, figure=figure, responses=responses))
     end_run(out, "tempo.png", began)
 

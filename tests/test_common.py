@@ -123,6 +123,19 @@ def test_an_excerpt_equals_the_slice_of_the_whole_file(tmp_path, suffix):
     assert torch.equal(part, whole[20000:28000])
 
 
+@pytest.mark.parametrize("suffix, rate", [("wav", 22050), ("mp3", 22050), ("mp3", 44100),
+                                          ("ogg", 22050), ("opus", 24000)])  # fmt: skip
+def test_a_file_of_minutes_is_read_as_libsndfile_decodes_it_in_one_go(tmp_path, suffix, rate):
+    rng, form = np.random.default_rng(0), {"format": "OGG", "subtype": "OPUS"}
+    with soundfile.SoundFile(tmp_path / f"a.{suffix}", "w", rate, 1,
+                             **(form if suffix == "opus" else {})) as file:  # fmt: skip
+        for _ in range(23):  # in all three times what is read at once
+            file.write(0.1 * rng.standard_normal(100_000))
+    whole, _ = soundfile.read(tmp_path / f"a.{suffix}", dtype="float32")
+    difference = np.abs(common.read_audio(tmp_path / f"a.{suffix}", rate).numpy() - whole)
+    assert difference.max() < 1e-6  # of float32; read in parts an mp3 is off by 0.05
+
+
 def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.sin(np.arange(44101) * 0.05), 44101)
     began = time.time()
