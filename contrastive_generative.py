@@ -38,7 +38,6 @@ Copy this file and common.py; nothing else is needed.
 import argparse
 import csv
 import math
-import re
 import time
 from collections import Counter
 from functools import partial
@@ -174,10 +173,12 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     if "dev.csv" in tables and "eval.csv" not in tables:
         print(f"skip   {tables['dev.csv']}: without eval.csv this is not FSD50K's split")
     read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
-    stems, genre = {path.stem: path for path in paths}, r"(?:gtzan_)?([a-z]+)[._](\d{5})"
+    stems = {path.stem: path for path in paths}
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
-    match = {path: m for path in paths if (m := re.fullmatch(genre, path.stem))
-             and m[1] in gtzan.gtzan_genres}  # fmt: skip
+    part_of = {name: part for part in ("train", "valid", "test")
+               for name in getattr(gtzan, f"filtered_{part}")}  # fmt: skip
+    songs = [(path, path.stem.removeprefix("gtzan_").replace("_", ".")) for path in paths]
+    songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
     try:
         if "esc50.csv" in tables:
             layout, rows = f"ESC-50, official folds of {tables['esc50.csv']}", [
@@ -188,19 +189,17 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
             layout, rows = f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
                 for name in ("dev.csv", "eval.csv") for row in read(name)]  # fmt: skip
-        elif len(match) > 0.8 * len(paths):
-            part = {key: name for name in ("train", "valid", "test")
-                    for key in getattr(gtzan, f"filtered_{name}")}  # fmt: skip
-            layout, rows = "GTZAN, fault-filtered split", [
-                (path, [m[1]], part[key]) for path, m in match.items()
-                if (key := f"{m[1]}.{m[2]}") in part]  # fmt: skip
+        elif len(songs) > 0.8 * len(paths):
+            layout = "GTZAN, fault-filtered split"
+            rows = [(path, [name.split(".")[0]], part_of[name]) for path, name in songs]
         else:  # each class will be dealt out to five folds
             layout = "class folders, stratified folds"
             rows = [(path, [path.parent.name], "") for path in paths]
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
-    sizes, dealt, clips = Counter(n for r in rows if r[0] in usable for n in r[1]), Counter(), []
+    sizes = Counter(name for path, names, _ in rows if path in usable for name in names)
+    dealt, clips = Counter(), []
     single = [name for name in sizes if sizes[name] == 1]
     scored = len(sizes) - len(single) > 1  # classes that can be told apart
     for path, names, part in [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]:
@@ -451,6 +450,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 def next_code_loss(network, codes: Tensor) -> Tensor:
     """L = -1/T sum over t of log p(c_t | start, c_<t), in nats; codes (B, L), -100 for none."""
+    codes = codes.long()
     return F.cross_entropy(network(codes).flatten(0, 1), codes.flatten(), ignore_index=-100)
 
 
@@ -494,17 +494,19 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
         codes = len(tokenizer.centroids)
         tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
     sequences = embed([models], paths, workers)[0]["codes"]
-    seen, held_out = (nn.utils.rnn.pad_sequence(
-        [part for c, use in zip(sequences, mask) if use for part in c.split(context)], True, -100)
-        for mask in (seen, ~seen))  # fmt: skip
+    cut = lambda mask: nn.utils.rnn.pad_sequence(  # (n, context), -100 behind an end
+        [part for clip, use in zip(sequences, mask) if use for part in clip.split(context)],
+        batch_first=True, padding_value=-100)  # fmt: skip
+    learnt, held_out, model = cut(seen), cut(~seen), models["code_model"]
     load_codes = lambda step, arm, items: (
-        seen[[random_key(arm, step, item) % len(seen) for item in items]].long(),)  # ((B, L),)
-    train_arm(f"{key} next code", models["code_model"], next_code_loss, load_codes, workers=0)
+        learnt[[random_key(arm, step, item) % len(learnt) for item in items]],)  # ((B, L),)
+    train_arm(f"{key} next code", model, next_code_loss, load_codes, workers=0)
+    known, total = count_codes(learnt.long(), held_out.long(), codes), (held_out >= 0).sum().item()
     with torch.no_grad():
-        model, n = models["code_model"].eval(), (held_out >= 0).sum().item()
-        nats = sum(next_code_loss(model, part.long().to(front.mean.device)).item() / n
-                   * (part >= 0).sum().item() for part in held_out.split(64))  # fmt: skip
-    return {**count_codes(seen.long(), held_out.long(), codes), "next_code": nats}
+        known["next_code"] = sum(
+            next_code_loss(model.eval(), part.to(front.mean.device)).item() / total
+            * (part >= 0).sum().item() for part in held_out.split(64))  # fmt: skip
+    return known
 
 
 def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: list, targets: Tensor,
@@ -584,11 +586,11 @@ def score(logits: Tensor, targets: Tensor) -> dict:
 def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
     """What counting knows, in nats per held-out code; sequences (n, L), -100 where none are. The
     smoothing of the bigrams is the best for the held-out codes: in their favour."""
-    before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1]  # row `codes`: a sequence begins
-    pairs, at = torch.zeros(codes + 1, codes), lambda x: (before(x)[x >= 0], x[x >= 0])
-    pairs.index_put_(at(seen), torch.ones(()), accumulate=True)
+    before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
+    pairs = torch.zeros(codes + 1, codes)
+    pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
     p = (pairs.sum(0) + 0.5) / (pairs.sum(0) + 0.5).sum()
-    i, j = at(held_out)
+    i, j = before(held_out), held_out[held_out >= 0]
     smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
     return {"codes_used": (pairs.sum(0) > 0).sum().item(),
             "perplexity": (-p * p.log()).sum().exp().item(),
@@ -615,7 +617,8 @@ def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, tr
         for name in (name for name in ours if name.startswith("generative")):
             features[name.replace("generative", "random Transformer")] = chance[name]
             features[name] = ours[name]
-    features |= {"both": ours["both"]} if len(objectives) == 2 else {}
+    if len(objectives) == 2:
+        features["both"] = ours["both"]
     for name, x in features.items() if classes else ():
         layer, trial = (linear_probe(x[mask], targets[mask], WEIGHT_DECAY) for mask in (seen, fit))
         rows.append({"row": name, **score(layer(x[test]), targets[test])})
@@ -699,7 +702,9 @@ def predict(files: list, count: int, out: Path, device, workers: int):
         die(f"{out}/checkpoint.pt: no probe is fitted yet (--resume), or there were no classes")
     if count and "generative" not in state["args"]["objectives"]:
         die(f"--sample: {out}/checkpoint.pt was trained without the generative half")
-    usable = list(scan_audio(files, SAMPLE_RATE, 0.1, workers)) or die("no file can be used")
+    usable = list(scan_audio(files, SAMPLE_RATE, 0.1, workers))
+    if not usable:
+        die("none of these files can be used")
     models = make_models(len(classes), **state["args"]).to(device).eval()
     models.load_state_dict(kept["models"])
     if count:
@@ -713,8 +718,8 @@ def predict(files: list, count: int, out: Path, device, workers: int):
     print(f"model  {kept['row']}, {kept['key']}")
     chances = F.linear(features, kept["probe"]["weight"], kept["probe"]["bias"]).softmax(1)
     for path, chance in zip(usable, chances):
-        best = zip(*[column[:3].tolist() for column in chance.sort(descending=True)])
-        print(f"{path}: " + ", ".join(f"{classes[c]} {p:.2f}" for p, c in best))
+        best = chance.argsort(descending=True)[:3]
+        print(f"{path}: " + ", ".join(f"{classes[c]} {chance[c]:.2f}" for c in best))
 
 
 @torch.no_grad()
@@ -728,8 +733,7 @@ def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Pat
     given = tokenizer.codes(log_mel)[: context // 2]  # (L,)
     codes = model.go_on(given.repeat(count, 1), context)  # (count, L + context)
     decoded = torch.stack([tokenizer.decode(row, log_mel) for row in codes])  # (count, F, T)
-    waveforms = to_waveform(decoded.cpu(), front.cpu())
-    for k, waveform in enumerate(waveforms):
+    for k, waveform in enumerate(to_waveform(decoded, front)):
         soundfile.write(f"{out}_{k}.wav", waveform.numpy(), SAMPLE_RATE)
     images = {"as recorded": log_mel[0, :, : decoded.shape[2]].cpu()}
     images |= {f"continuation {k}": image for k, image in enumerate(decoded.cpu())}
@@ -744,7 +748,7 @@ def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Pat
 
 def to_waveform(log_mel: Tensor, front: FrontEnd) -> Tensor:
     """Standardised log-mel (B, F, T) -> (B, S), T hops long; the phase is Griffin and Lim's."""
-    magnitude = ((log_mel * front.sd + front.mean).exp() - front.floor).clamp(min=0)
+    magnitude = ((log_mel * front.sd + front.mean).exp() - front.floor).clamp(min=0).cpu()
     hop = front.spectrogram.hop_length
     linear = InverseMelScale(257, BANDS, SAMPLE_RATE, 60, 7800, driver="gelsd")(magnitude)
     finer = F.interpolate(linear, size=linear.shape[2] * hop // 100 + 1, mode="linear")

@@ -74,7 +74,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
 }  # fmt: skip
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
           "label_counts": (20, 10**7), "bands": (1, 60), "slices": (1, 12), "workers": (0, 64)}
-RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
+SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
@@ -153,14 +153,14 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
     k, frequency = k[frequency < 7600], frequency[frequency < 7600]
     level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - odd)
     level *= 0.5 + np.exp(-0.5 * (np.log2(frequency[:, None] / formants) / widths) ** 2).sum(1)
-    t = np.arange(2 * RATE) / RATE
+    t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     wobble = vibrato * np.sin(2 * np.pi * rng.uniform(4.5, 6.5) * t + rng.uniform(0, 6)) / 35
     cycles = frequency[:, None] * (t + wobble) + rng.random((len(k), 1))  # (K, S)
     partials = np.sin(2 * np.pi * (cycles - np.floor(cycles)).astype(np.float32))
     partials *= np.exp(np.outer(-(k**0.5) / decay, t).astype(np.float32))  # the higher die sooner
     waveform = level @ partials + 0.3 * noise * level.sum() * rng.standard_normal(len(t))
     waveform *= np.minimum(1, t / attack) * np.minimum(1, (2 - t) / 0.1)
-    octaves = np.log2(np.fft.rfftfreq(len(t), 1 / RATE) + 60)
+    octaves = np.log2(np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE) + 60)
     room = np.interp(octaves, np.linspace(5.9, 13, 9), rng.normal(0, 8, 9))  # dB
     waveform = np.fft.irfft(np.fft.rfft(waveform) * 10 ** (room / 20))
     waveform *= 10 ** rng.uniform(-1.3, -0.1) / np.abs(waveform).max()
@@ -171,15 +171,15 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
 
 def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
     """Writes a generated note as a wav file, unless it is there: its record of examples.json."""
-    split, family, instrument, number = item
+    family, instrument, number = item
     rng = np.random.default_rng(random_key(instrument, number))
     lowest = random_key("compass", instrument) % 32 + 28  # of three octaves
     pitch, velocity = int(lowest + rng.integers(36)), int(rng.choice([25, 50, 75, 100, 127]))
     name = f"{family}_synthetic_{instrument:03d}-{pitch:03d}-{velocity:03d}-{number}"
-    path = folder / f"nsynth-{split}/audio/{name}.wav"
+    path = folder / "audio" / f"{name}.wav"
     if not path.exists():
         note = make_note(family, instrument, pitch, velocity, rng)
-        write_whole(path, lambda p: soundfile.write(p, note, RATE, format="WAV"))
+        write_whole(path, lambda p: soundfile.write(p, note, SAMPLE_RATE, format="WAV"))
     return name, {"pitch": pitch, "velocity": velocity, "instrument": instrument,
                   "instrument_family": FAMILIES.index(family)}  # fmt: skip
 
@@ -188,12 +188,14 @@ def write_notes(folder: Path, workers: int):
     """The demo's data set; no instrument is in two splits."""
     first = 0
     for split, (instruments, notes) in NOTES.items():
-        make_folder(folder / f"nsynth-{split}/audio")
-        todo = [(split, family, first + i * instruments + k, note) for i, family in
-                enumerate(SOUNDS) for k in range(instruments) for note in range(notes)]  # fmt: skip
-        first += instruments * len(SOUNDS)
-        records = dict(in_background(partial(write_note, folder=folder), todo, workers))
-        (folder / f"nsynth-{split}/examples.json").write_text(json.dumps(records))
+        part = folder / f"nsynth-{split}"
+        make_folder(part / "audio")
+        families = [family for family in SOUNDS for _ in range(instruments)]
+        todo = [(family, instrument, note) for instrument, family in enumerate(families, first)
+                for note in range(notes)]  # fmt: skip
+        first += len(families)
+        records = dict(in_background(partial(write_note, folder=part), todo, workers))
+        (part / "examples.json").write_text(json.dumps(records))
     print(f"data   synthetic notes in {folder} (--data DIR: NSynth, or any recordings)")
 
 
@@ -209,7 +211,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     expected = "expected nsynth-train/examples.json and nsynth-train/audio/*.wav, or any audio"
     if not folder.is_dir():
         die(f"--data {folder}: no such folder; {expected}")
-    seconds = scan_audio(find_audio(folder), RATE, 0.25, workers)
+    seconds = scan_audio(find_audio(folder), SAMPLE_RATE, 0.25, workers)
     if not seconds:
         die(f"--data {folder}: no audio to use; {expected}")
     notes, held_back = {"train": [], "valid": [], "test": []}, set()
@@ -234,13 +236,13 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         for split, tenths in (("train", range(7)), ("valid", (7,)), ("test", (8, 9))):
             notes[split] = [note for note in everything if tenth(note) in tenths]
     for split, part in notes.items():
-        absent = set(range(len(FAMILIES))) - {note.family for note in part}
-        absent = ", ".join(FAMILIES[i] for i in sorted(absent)) or "no family"
+        present = {note.family for note in part}
+        absent = [name for i, name in enumerate(FAMILIES) if i not in present] or ["no family"]
         print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
-              f"instruments, without {absent}")  # fmt: skip
+              f"instruments, without {', '.join(absent)}")  # fmt: skip
     held_back |= {note.path for part in notes.values() for note in part}
     held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
-    thin = lambda part: part[:: -(-len(part) // 2000) or 1]  # at most 2000, of all families
+    thin = lambda part: part[:: math.ceil(len(part) / 2000) or 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
     notes["train"] = [note for note in notes["train"] if not held_out(note)]
     notes["unseen"], notes["valid"] = notes.pop("test"), thin(notes["valid"])
@@ -262,8 +264,13 @@ def deal(notes: list[Note], seed: int, label_counts: list) -> tuple[list[Note], 
 
 def load_view(path: str, start: float, seconds: float) -> Tensor:
     """(S,) samples of a note, with silence behind its end."""
-    waveform, samples = read_audio(path, RATE, start, seconds), round(seconds * RATE)
+    waveform, samples = read_audio(path, SAMPLE_RATE, start, seconds), round(seconds * SAMPLE_RATE)
     return F.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+
+
+def load_views(notes: list[Note], seconds: float) -> Tensor:
+    """(B, S): the beginnings of notes."""
+    return torch.stack([load_view(note.path, start=0.0, seconds=seconds) for note in notes])
 
 
 def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, fixed: Tensor):
@@ -301,10 +308,10 @@ def distant_permutations(count: int, n: int) -> Tensor:
     candidates = permutations(range(n)) if n < 8 else (rng.permutation(n) for _ in range(10**4))
     candidates = torch.tensor(np.array(list(candidates)))
     chosen, distance = [], torch.full((len(candidates),), n)
-    while len(chosen) < min(count, len(candidates)):
-        chosen.append(candidates[distance.argmax()])
-        distance = torch.minimum(distance, (candidates != chosen[-1]).sum(1))
-    return torch.stack(chosen) if chosen else candidates[:0]
+    for _ in range(min(count, len(candidates))):
+        chosen.append(distance.argmax().item())
+        distance = torch.minimum(distance, (candidates != candidates[chosen[-1]]).sum(1))
+    return candidates[chosen]
 
 
 # -----------------------------------------------------------------------------
@@ -339,7 +346,8 @@ class ContextFreeNetwork(nn.Module):
         super().__init__()
         encoder, features, width, dropout, self.averaged, self.embedding = NETWORKS[network]
         self.grid, n = (bands, slices), bands * slices
-        self.front_end = LogMel(RATE, 1024, 160, None, win_length=400, floor=1e-5)  # 25 and 10 ms
+        # windows of 25 ms every 10 ms, 513 bins
+        self.front_end = LogMel(SAMPLE_RATE, 1024, 160, None, win_length=400, floor=1e-5)
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * features, width)
         self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
@@ -446,16 +454,16 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, work
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=seconds,
                    fixed=model.fixed.cpu())  # fmt: skip
-    parts, n = [], model.fixed.shape[1]
-    batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
+    parts, n, everything = [], model.fixed.shape[1], range(len(notes))
+    batches = [everything[i : i + 32] for i in everything[::32]]
     for batch in in_background(load, batches, workers):
         waveform, permutation, choice, *_ = (part.to(model.fixed.device) for part in batch)
         output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
         loss = loss_of(output.requires_grad_(), permutation + 1.0, choice)
         grad = torch.autograd.grad(loss, output)[0]
-        heard = model.order(output)
-        tau = (sign(heard) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
-        exact = (heard == permutation).float().mean(1)
+        found = model.order(output)
+        tau = (sign(found) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
+        exact = (found == permutation).float().mean(1)
         parts.append(torch.stack([exact, tau, (grad == 0).all(1).float()]))
     return dict(zip(PRETEXT, torch.cat(parts, 1).mean(1).tolist()))
 
@@ -464,18 +472,17 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, work
 def embed(models: dict, notes: list, seconds: float, workers: int) -> dict[str, Tensor]:
     """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
     deviation of the log spectrum over time; as "chance" a constant."""
-    load = partial(load_view, start=0.0, seconds=min(4.0, 2 * seconds))
-    waveforms = in_background(load, [note.path for note in notes], workers, "embed")
     features = {name: [] for name in ("chance", "statistics", *models)}
-    device = next(next(iter(models.values())).parameters()).device
-    while batch := [waveform for _, waveform in zip(range(32), waveforms)]:
-        waveform = torch.stack(batch).to(device)
+    batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
+    load = partial(load_views, seconds=min(4.0, 2 * seconds))
+    for waveform in in_background(load, batches, workers, "embed"):
         for name, model in models.items():
+            waveform = waveform.to(model.fixed.device)
             part = model.eval().embed(model.patches(waveform), model.embedding)
             features[name].append(part.float().cpu())
         frames = model.front_end(waveform)  # (B, F, T), the same of all models
         features["statistics"].append(torch.cat([frames.mean(2), frames.std(2)], 1).cpu())
-        features["chance"].append(torch.zeros(len(batch), 1))
+        features["chance"].append(torch.zeros(len(waveform), 1))
     return {name: torch.cat(parts) for name, parts in features.items()}
 
 
@@ -515,16 +522,17 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
     family, family_loss = fit(0, len(FAMILIES), F.cross_entropy)
     pitch, pitch_loss = fit(2, 1, lambda output, pitch: pitch_error(output[:, 0], pitch))
     instrument, _ = fit(1, instruments, F.cross_entropy, (few, y))  # others are in "valid"
-    linear = [linear_probe(few, F.one_hot(y[:, column], classes).float(), iterations=40)
-              for column, classes in ((0, len(FAMILIES)), (2, 128))]  # fmt: skip
+    linear_family, linear_pitch = (
+        linear_probe(few, F.one_hot(y[:, column], classes).float(), iterations=40)
+        for column, classes in ((0, len(FAMILIES)), (2, 128)))  # fmt: skip
     right = lambda guess, truth: (guess == truth).float().mean().item()
     metrics = {}
     for split in ("unseen", "seen"):
         z, (families, players, pitches) = x[split], labels[split].T
-        heard, known = linear[1](z).argmax(1), split == "seen"
+        heard, known = linear_pitch(z).argmax(1), split == "seen"
         metrics[split] = {
             "family_accuracy": right(family(z).argmax(1), families),
-            "family_linear": right(linear[0](z).argmax(1), families),
+            "family_linear": right(linear_family(z).argmax(1), families),
             "instrument_accuracy": right(instrument(z).argmax(1), players) if known else "-",
             "pitch_mse": 100 * pitch_error(pitch(z)[:, 0], pitches).item(),
             "pitch_accuracy": right(heard, pitches),
@@ -558,7 +566,6 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
                 best, model = error, models[name]
                 kept = {"arm": f"{name}, seed {seed}", "error": error,
                         "size": (*model.grid, len(model.fixed)),
-                        "head": (mine["train"].shape[1], hidden),
                         "heads": heads.state_dict()}  # fmt: skip
     return rows, kept
 
@@ -581,15 +588,18 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor)
             image = view.unflatten(0, model.grid).transpose(1, 2).flatten(2).flatten(0, 1)
             axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")
             axis.set_axis_off()
-    table = {tuple(row["row"].split(", ")): row for row in rows}
+    lines = {}  # {arm: {labelled notes: its row}}
+    for row in rows:
+        name, count, split = row["row"].split(", ")
+        if split == "unseen":
+            lines.setdefault(name, {})[int(count.split()[0])] = row
     for axis, key in zip(right.subplots(2, 1), ("family_accuracy", "pitch_mse")):
-        for name in dict.fromkeys(name for name, *_ in table):
-            points = [(int(count.split()[0]), row[key]) for (other, count, split), row
-                      in table.items() if other == name and split == "unseen"]  # fmt: skip
-            axis.plot(*zip(*points), "o-" if name.split()[0] in LOSSES else "x:", label=name)
+        for name, points in lines.items():
+            style = "o-" if name.split()[0] in LOSSES else "x:"
+            axis.plot([*points], [row[key] for row in points.values()], style, label=name)
         axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
                  yscale="log" if key == "pitch_mse" else "linear")  # fmt: skip
-        axis.set_xticks([count for count, _ in points], [count for count, _ in points])
+        axis.set_xticks([*points], [*points])
         axis.minorticks_off()
     axis.legend(fontsize=8, ncols=2)
     right.suptitle("unseen instruments")
@@ -614,14 +624,14 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     if not state["kept"]:
         die(f"{checkpoint}: nothing is scored yet; go on with --resume, or train on labels")
     print(f"model  {state['kept']['arm']}, the best on validation")
-    notes = [Note(path, s) for path, s in scan_audio(files, RATE, 0.25, workers).items()]
+    notes = [Note(path, s) for path, s in scan_audio(files, SAMPLE_RATE, 0.25, workers).items()]
     if not notes:
         die("none of these files can be used")
-    x = embed({"kept": load_kept(state, device)}, notes, state["args"]["view_seconds"], workers)
-    sizes = state["kept"]["head"]
-    heads = nn.ModuleList([make_head(*sizes, outputs) for outputs in (len(FAMILIES), 1)])
+    model, trained = load_kept(state, device), state["args"]
+    x = embed({"kept": model}, notes, trained["view_seconds"], workers)["kept"]  # (N, D)
+    heads = nn.ModuleList([make_head(x.shape[1], trained["hidden"], n) for n in (len(FAMILIES), 1)])
     heads.load_state_dict(state["kept"]["heads"])
-    family, pitch = (head(x["kept"]) for head in heads)
+    family, pitch = (head(x) for head in heads)
     for note, p, tens in zip(notes, family.softmax(1), pitch[:, 0].tolist()):
         midi = 60 + 10 * tens
         name = "C C# D D# E F F# G G# A A# B".split()[round(midi) % 12]

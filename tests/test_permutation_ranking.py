@@ -289,7 +289,7 @@ def test_embedding_many_notes_keeps_no_more_than_a_batch_of_them_in_memory(monke
 
     def load(path, **_):
         """Noise in place of a file, and how many of these are still held by somebody."""
-        waveform = torch.randn(P.RATE // 2)
+        waveform = torch.randn(P.SAMPLE_RATE // 2)
         refs.append(weakref.ref(waveform))
         alive.append(sum(ref() is not None for ref in refs))
         return waveform
