@@ -735,11 +735,12 @@ def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Pat
     decoded = torch.stack([tokenizer.decode(row, log_mel) for row in codes])  # (count, F, T)
     for k, waveform in enumerate(to_waveform(decoded, front)):
         soundfile.write(f"{out}_{k}.wav", waveform.numpy(), SAMPLE_RATE)
-    images = {"as recorded": log_mel[0, :, : decoded.shape[2]].cpu()}
-    images |= {f"continuation {k}": image for k, image in enumerate(decoded.cpu())}
+    images = {"as recorded": log_mel[0, :, : decoded.shape[2]].cpu().numpy()}
+    images |= {f"continuation {k}": image for k, image in enumerate(decoded.cpu().numpy())}
     picture = Figure(figsize=(3 + 3 * len(images), 3), layout="constrained")
     for axis, (title, image) in zip(picture.subplots(1, len(images)), images.items()):
-        axis.imshow(image, aspect="auto", origin="lower", vmin=log_mel.min(), vmax=log_mel.max())
+        axis.imshow(image, aspect="auto", origin="lower", vmin=log_mel.min().item(),
+                    vmax=log_mel.max().item())  # fmt: skip
         axis.axvline(2 * len(given), color="white")
         axis.set(title=title, xlabel="frame", ylabel="mel band")
     picture.savefig(f"{out}.png", dpi=90)

@@ -1,5 +1,7 @@
 """Properties of contrastive_generative.py. Run from the project's folder: python -m pytest tests"""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +26,23 @@ import contrastive_generative as script
 SMALL = ("--steps", 4, "--batch-size", 8, "--sequences", 4, "--codes", 16, "--folds", 1)
 
 
-def run(*args, start=(sys.executable,), **kwargs):
+def command(*args, start=(sys.executable,), **kwargs):
     """The command as a user types it, from another folder."""
-    command = [*start, ROOT / "contrastive_generative.py", *args]
+    words = [*start, ROOT / "contrastive_generative.py", *args]
     return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=250, **kwargs
+        [*map(str, words)], capture_output=True, text=True, timeout=250, **kwargs
     )
+
+
+def run(*args):
+    """The same in this process: exit code and what is printed, without the seconds to start."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            script.main(script.parse_args([*map(str, args)]))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 # Loss
@@ -345,7 +359,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    return run("--data", folder, "--out", out, *SMALL, "--seed", 0, 1), out
+    return command("--data", folder, "--out", out, *SMALL, "--seed", 0, 1), out
 
 
 def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finished):
@@ -425,13 +439,13 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
         (signal.SIGKILL, "next code 1/4", start),
         (signal.SIGINT, "supervised 1/4", resume),
     ):
-        command = [sys.executable, ROOT / "contrastive_generative.py", "--out", tmp_path, *args]
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, ROOT / "contrastive_generative.py", "--out", tmp_path, *args]
+        process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, text=True)
         next(line for line in process.stdout if wanted in line)
         process.send_signal(how)
         process.stdout.read()
         assert process.wait() != 0
-    result = run(*resume, "--out", tmp_path)  # the other arguments come from the checkpoint
+    result = command(*resume, "--out", tmp_path)  # the other arguments come from the checkpoint
     assert (
         result.returncode == 0 and "seed 0 fold 1 contrastive" not in result.stdout
     )  # it went on, not back
@@ -446,7 +460,7 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = run("--data", folder, "--out", tmp_path, *SMALL, start=start, env=environment)
+    result = command("--data", folder, "--out", tmp_path, *SMALL, start=start, env=environment)
     assert result.returncode == 0 and result.stderr == "", result.stderr[-2000:]
     assert result.stdout.count("  random VGG  ") == 1 and (tmp_path / "results.json").exists()
 

@@ -1,5 +1,7 @@
 """Properties of permutation_ranking.py. Run from the project's folder: python -m pytest tests"""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,12 +36,23 @@ SMALL = (
 )
 
 
-def run(*args, **kwargs):
+def command(*args, **kwargs):
     """The command as a user types it, from another folder."""
-    command = [sys.executable, str(ROOT / "permutation_ranking.py"), *map(str, args)]
+    words = [sys.executable, str(ROOT / "permutation_ranking.py"), *map(str, args)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, env=ENVIRONMENT, **kwargs
+        words, capture_output=True, text=True, timeout=280, env=ENVIRONMENT, **kwargs
     )
+
+
+def run(*args):
+    """The same in this process: exit code and what is printed, without the seconds to start."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            P.main(P.parse_args([*map(str, args)]))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 # Patches and permutations
@@ -307,7 +321,7 @@ def test_embedding_many_notes_keeps_no_more_than_a_batch_of_them_in_memory(monke
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    return run("--data", folder, "--out", out, *SMALL), out
+    return command("--data", folder, "--out", out, *SMALL), out
 
 
 def test_a_run_prints_its_table_and_writes_its_results(finished):
@@ -450,15 +464,15 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
         (signal.SIGKILL, "supervised, 20 labels, seed 0 1/", start),
         (signal.SIGINT, "soft_rank, seed 0 1/", resume),
     ):
-        command = [sys.executable, ROOT / "permutation_ranking.py", "--out", tmp_path, *args]
+        words = [sys.executable, ROOT / "permutation_ranking.py", "--out", tmp_path, *args]
         process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            list(map(str, words)), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
         next(line for line in process.stdout if wanted in line)
         process.send_signal(how)
         process.stdout.read()
         assert process.wait() != 0
-    result = run(*resume, "--out", tmp_path)  # the other arguments come from the checkpoint
+    result = command(*resume, "--out", tmp_path)  # the other arguments come from the checkpoint
     assert result.returncode == 0
     assert "supervised, 20 labels, seed 0 1/4" not in result.stdout  # it went on, not back
     arms = [

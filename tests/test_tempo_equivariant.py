@@ -1,5 +1,7 @@
 """Properties of tempo_equivariant.py. Run from the project's folder: python -m pytest tests"""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +27,21 @@ import tempo_equivariant as tempo
 RATE = 22050
 
 
-def run(*args, **kwargs):
+def command(*args, **kwargs):
     """The command as a user types it, from another folder."""
-    command = [sys.executable, str(ROOT / "tempo_equivariant.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, **kwargs)
+    words = [sys.executable, str(ROOT / "tempo_equivariant.py"), *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=280, **kwargs)
+
+
+def run(*args):
+    """The same in this process: exit code and what is printed, without the seconds to start."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            tempo.main(tempo.parse_args([*map(str, args)]))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 # Loss
@@ -405,7 +419,7 @@ SMALL = ("--encoders", "periodicity", "--steps", 6, "--batch-size", 4, "--view-s
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    return run("--data", folder, "--out", out, *SMALL), out
+    return command("--data", folder, "--out", out, *SMALL), out
 
 
 def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
@@ -466,15 +480,15 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
     start, resume = ("--data", folder, *SMALL), ("--resume", "--workers", 0)
     for how, wanted, args in ((signal.SIGKILL, "supervised 1/6", start),
                               (signal.SIGINT, "SSL all songs 1/6", resume)):  # fmt: skip
-        command = [sys.executable, ROOT / "tempo_equivariant.py", "--out", tmp_path, *args]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, ROOT / "tempo_equivariant.py", "--out", tmp_path, *args]
+        process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
         next(line for line in process.stdout if wanted in line)
         process.send_signal(how)
         process.stdout.read()
         assert process.wait() != 0
     running = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["running"]
     assert 0 < running["step"] < 6  # Ctrl-C saved the step it fell into
-    result = run(*resume, "--out", tmp_path)  # its other arguments are in the file
+    result = command(*resume, "--out", tmp_path)  # its other arguments are in the file
     assert result.returncode == 0 and "supervised 1/6" not in result.stdout  # on, not back
     assert f"SSL all songs {running['step'] + 1}/6" in result.stdout
     for arm, weights in arms(finished[1]).items():
