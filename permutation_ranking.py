@@ -720,10 +720,9 @@ def main(args: argparse.Namespace):
     means = report(table, out / "results.json", state["args"], round(time.time() - began, 1))
     if state["kept"] and rank_and_size()[0] == 0:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
-        views = torch.stack([load_view(note.path, 0.0, seconds) for note in shown])
         write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
-            waveform=views.to(device)))  # fmt: skip
+            waveform=load_views(shown, seconds).to(device)))  # fmt: skip
     end_run(out, "permutation.png" if state["kept"] else "no picture", began)
 
 
