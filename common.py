@@ -103,18 +103,16 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
             if not 1000 <= source_rate <= 10**6:
                 raise ValueError(f"{source_rate} samples per second")
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
-            skip, size = 0, 2**20  # read in parts: channels of hours are not held at once
-            if file.format == "MP3":  # only a read from the start and in one go is sample-exact
-                skip, size = first, max(1, file.frames)
-            else:
+            options = {"dtype": "float32", "always_2d": True}
+            if file.format == "MP3":  # sample-exact from the start and in one go alone
+                parts = [file.read(-1 if frames < 0 else first + frames, **options)[first:]]
+            else:  # in parts: the channels of an hour are not held at once
                 file.seek(min(first, file.frames))
-            wanted = -1 if frames < 0 else skip + frames
-            parts = file.blocks(size, frames=wanted, dtype="float32", always_2d=True)
+                parts = file.blocks(2**20, frames=frames, **options)
             samples = np.concatenate([np.zeros(0, "float32"), *(part.mean(1) for part in parts)])
-            samples = samples[skip:]  # (S,), the mean of the channels
     except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
-        missing = not Path(path).is_file()
-        raise AudioError(f"{path}: {'no such file' if missing else error}") from None
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
     waveform = torch.from_numpy(samples)
     if len(waveform) == 0 or not waveform.isfinite().all():
         raise AudioError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
@@ -246,8 +244,10 @@ class SoftRank(torch.autograd.Function):
         order += xp.arange(0, len(rows) * n, n, device=x.device)[:, None]  # into flattened rows
         w = xp.arange(1, n + 1, dtype=xp.float64, device=x.device)
         y = rows.take(order)  # (R, n), sorted
-        if abs(y[:, :: max(1, n - 1)]).max() > 1e9 * strength:  # float64 would lose strength * w
-            y = xp.asarray(y, dtype=w.dtype)  # gaps above n * strength part blocks, however wide
+        largest = abs(y[:, :: max(1, n - 1)]).max()
+        if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
+            y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
+            # gaps above n * strength part blocks, however wide
             y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
             y[:, 0] = 0
         y = y - strength * w  # in float64: float32 values add up exactly
@@ -421,8 +421,10 @@ def run(main, args):
     try:
         main(args)
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # readers that were just starting
         raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
     except AudioError as error:  # of a worker, with the worker's traceback before the last line
+        os.environ["RANK"] = "0"  # the file may be another rank's alone
         die(str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2])
 
 
@@ -460,10 +462,16 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 def save_first(state: dict, checkpoint: Path):
     """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
-    checkpoint in its folder is put aside."""
+    checkpoint in its folder is put aside, unless it holds no finished arm."""
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
-        os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
-        print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
+        try:
+            last = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            worth = last["arms"] or last.get("rows")
+        except Exception:  # whatever it is, it is not ours to lose
+            worth = True
+        if worth:
+            os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
+            print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
     state["begun"] = True
     write_whole(checkpoint, partial(torch.save, state))
 

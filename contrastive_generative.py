@@ -710,8 +710,9 @@ def predict(files: list, count: int, out: Path, device, workers: int):
     if count:
         make_folder(out / "samples")
         torch.manual_seed(0)
-        for number, path in enumerate(usable):
-            sample(models, path, count, state["args"]["context"], out / "samples" / f"{number}")
+        for number, path in enumerate(map(Path, usable)):
+            name = f"{number}_{path.stem}"
+            sample(models, path, count, state["args"]["context"], out / "samples" / name)
     if not kept["row"]:
         return
     features = embed([models], usable, 0)[0][kept["row"]]

@@ -95,8 +95,12 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     torch.save(first | {"arms": {"done": 1}}, checkpoint)
     common.save_first(common.open_run(arguments | {"resume": True}, "test"), checkpoint)
     assert not old.exists()  # the same run, going on
+    for _ in range(3):  # what has learnt nothing does not take its place
+        common.save_first(common.open_run(arguments, "test"), checkpoint)
+        assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
+    checkpoint.write_text("something else")
     common.save_first(common.open_run(arguments, "test"), checkpoint)
-    assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
+    assert old.read_text() == "something else"
 
 
 def test_of_several_processes_one_says_why_they_end(monkeypatch, capsys):
@@ -157,7 +161,9 @@ def test_unusable_files_raise_one_line_that_names_them(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), 8000, subtype="FLOAT")
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
     soundfile.write(tmp_path / "slow.wav", np.ones(100), 8)
-    for name in ("text.wav", "zero.wav", "nan.wav", "none.wav", "slow.wav", "missing.wav"):
+    (tmp_path / "folder.wav").mkdir()
+    bad = ("text", "zero", "nan", "none", "slow", "missing", "folder")
+    for name in (f"{word}.wav" for word in bad):
         with pytest.raises(ValueError, match=name) as error:
             common.read_audio(tmp_path / name, 8000)
         assert "\n" not in str(error.value)
@@ -318,8 +324,11 @@ def test_ties_and_neighbours_keep_their_ranks_however_large_others_are(dtype, si
 
 def test_a_row_of_nan_stays_alone():
     x = torch.randn(3, 50)
-    x[1, 7] = float("nan")
-    assert torch.equal(common.soft_rank(x)[[0, 2]], common.soft_rank(x[[0, 2]]))
+    x[1, 7], x[2, :2] = float("nan"), 1e30
+    ranks = common.soft_rank(x)
+    assert torch.equal(ranks[[0, 2]], common.soft_rank(x[[0, 2]])) and ranks[2, 0] == 49.5
+    x[2, :2] = float("inf")
+    assert torch.equal(common.soft_rank(x)[[0, 2]], ranks[[0, 2]])
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.1, 1e-2, 1e-3, 1e-4])

@@ -414,9 +414,11 @@ def test_continuations_are_written_as_sound_and_picture_one_set_a_file(finished,
     assert result.returncode == 0 and result.stderr == ""
     samples = finished[1] / "samples"
     assert {path.name for path in samples.iterdir()} == {
-        *("0_0.wav", "0_1.wav", "0.png", "1_0.wav", "1_1.wav", "1.png")
+        f"{i}_{file.stem}{end}"
+        for i, file in enumerate(files)
+        for end in ("_0.wav", "_1.wav", ".png")
     }
-    waveforms = [soundfile.read(samples / f"0_{k}.wav")[0] for k in range(2)]
+    waveforms = [soundfile.read(samples / f"0_{files[0].stem}_{k}.wav")[0] for k in range(2)]
     assert len(waveforms[0]) / 16000 == pytest.approx((32 + 64) * 0.04, abs=0.05)  # codes of 40 ms
     assert np.abs(waveforms[0]).max() > 0.01 and not np.array_equal(*waveforms)
 
