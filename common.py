@@ -400,7 +400,8 @@ def start_run(device: str = "") -> torch.device:
     except (OSError, AttributeError):
         pass  # another C library: as fast as it is
     best = "mps" if torch.backends.mps.is_available() else "cpu"
-    chosen = device or ("cuda" if torch.cuda.is_available() else best)
+    best = "cuda" if torch.cuda.is_available() else best
+    chosen = device or best
     try:
         if chosen == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -421,11 +422,12 @@ def run(main, args):
     try:
         main(args)
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # readers that were just starting
+        sys.unraisablehook = lambda _: None  # nothing of readers that were just starting
         raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
     except AudioError as error:  # of a worker, with the worker's traceback before the last line
-        os.environ["RANK"] = "0"  # the file may be another rank's alone
-        die(str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2])
+        reason = str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2]
+        print(f"error: {reason}", file=sys.stderr)  # of any rank: each reads files of its own
+        raise SystemExit(2)
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -475,9 +475,10 @@ def embed(models: dict, notes: list, seconds: float, workers: int) -> dict[str, 
     features = {name: [] for name in ("chance", "statistics", *models)}
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     load = partial(load_views, seconds=min(4.0, 2 * seconds))
+    device = next(iter(models.values())).fixed.device
     for waveform in in_background(load, batches, workers, "embed"):
+        waveform = waveform.to(device)
         for name, model in models.items():
-            waveform = waveform.to(model.fixed.device)
             part = model.eval().embed(model.patches(waveform), model.embedding)
             features[name].append(part.float().cpu())
         frames = model.front_end(waveform)  # (B, F, T), the same of all models
