@@ -474,7 +474,15 @@ def save_first(state: dict, checkpoint: Path):
         if worth:
             os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
             print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
+            if (results := checkpoint.with_name("results.json")).exists():
+                os.replace(results, results.with_suffix(".old.json"))
     state["begun"] = True
+    save(state, checkpoint)
+
+
+def save(state: dict, checkpoint: Path):
+    """Writes the state of a run, with the seconds that it took, over all its sessions."""
+    state["seconds"] = time.time() - state["began"]
     write_whole(checkpoint, partial(torch.save, state))
 
 
@@ -493,13 +501,15 @@ def open_run(arguments: dict, made_by: str) -> dict:
     with its own arguments but `out` and `workers`, which change no result."""
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
-    state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {}}
+    state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
+             "began": time.time()}  # fmt: skip
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
         if plain["data"] not in (None, state["args"]["data"]):
             die(f"--resume: {out}/checkpoint.pt is of --data {state['args']['data']}; "
                 "another --out starts anew")  # fmt: skip
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
+        state["began"] = time.time() - state.get("seconds", 0.0)  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
     if state["args"]["batch_size"] % rank_and_size()[1]:
         die(f"--batch-size {state['args']['batch_size']} cannot be shared by "
@@ -559,16 +569,16 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
             saved = now
             state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
                                 "optimiser": optimiser.state_dict()}  # fmt: skip
-            write_whole(checkpoint, partial(torch.save, state))
+            save(state, checkpoint)
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, before)
     state["arms"][arm] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     state["running"] = {}
-    write_whole(checkpoint, partial(torch.save, state))
+    save(state, checkpoint)
 
 
-def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[dict]:
+def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[dict]:
     """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside: the
     rows that it returns."""
     rows, names = [], [name for name in rows_of_seeds[0][0] if name != "row"]
@@ -592,6 +602,7 @@ def report(rows_of_seeds: list, path: Path, args: dict, seconds: float) -> list[
         print(line)
         rows.append(row)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    seconds = round(time.time() - began, 1)
     results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
     return rows

@@ -22,7 +22,7 @@ Differences from the paper. Its body could not be had; known are abstract, a tal
 the column `paper` too.
 - The VGG-like encoder (after Fonseca 2021) pools over time only: ESC-10 was read better so.
 - Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10.
-- Short sequences are filled up, not packed: no attention across clips either way.
+- A sequence is one excerpt, of a short clip repeated, not packed: no attention across clips.
 - demo: half of a clip's mean spectrum leaves its slices, or codes tell rooms, not sounds, apart.
 - Both views are cropped out of one excerpt of 2.5 s, which ends where a clip is filled up with
   zeros. No reverberation.
@@ -38,7 +38,6 @@ Copy this file and common.py; nothing else is needed.
 import argparse
 import csv
 import math
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -54,7 +53,7 @@ from torchaudio.transforms import GriffinLim, InverseMelScale
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save, save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: sizes published by
@@ -218,17 +217,18 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     return sorted(clips)
 
 
-def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range):
+def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
+               excerpt=EXCERPT_SECONDS):  # fmt: skip
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
     No clip twice if they suffice; each item draws from (arm, step, item) alone, whoever reads it.
     """
     order = np.random.default_rng(random_key(arm, step)).permutation(len(clips))
     chosen, waveforms = [order[item % len(clips)] for item in items], []
-    samples = round(EXCERPT_SECONDS * SAMPLE_RATE)
+    samples = round(excerpt * SAMPLE_RATE)
     for item, i in zip(items, chosen):
         rng, (path, seconds, *_) = np.random.default_rng(random_key(arm, step, item)), clips[i]
-        for start in (*rng.uniform(0, max(0.0, seconds - EXCERPT_SECONDS), 3), 0.0):
-            waveform = read_audio(path, SAMPLE_RATE, start, EXCERPT_SECONDS)
+        for start in (*rng.uniform(0, max(0.0, seconds - excerpt), 3), 0.0):
+            waveform = read_audio(path, SAMPLE_RATE, start, excerpt)
             if waveform.abs().max() > 1e-4:  # not in the zeros that fill up a clip
                 loud = int((waveform.abs() > 1e-4).nonzero().max()) + 1
                 waveform = waveform[: max(loud, round(WINDOW_SECONDS * SAMPLE_RATE))]
@@ -331,9 +331,11 @@ class Tokenizer(nn.Module):
         log_mel = log_mel - self.flatten * log_mel.mean(2, keepdim=True)
         return log_mel.unfold(2, 2, 2).transpose(1, 2).flatten(2).flatten(0, 1)
 
+    @torch.no_grad()
     def codes(self, log_mel: Tensor) -> Tensor:
-        """(1, F, T) -> (L,), L = T/2."""
-        return torch.cdist(self.encoder(self.slices(log_mel)), self.centroids).argmin(1)
+        """(B, F, T) -> (B, L), L = T/2: the entries that are nearest to the slices."""
+        distance = torch.cdist(self.encoder(self.slices(log_mel)), self.centroids)
+        return distance.argmin(1).view(len(log_mel), -1)
 
     def decode(self, codes: Tensor, log_mel: Tensor) -> Tensor:
         """(L,) codes of (1, F, T) -> (F, 2 L), with the mean spectrum back in its place."""
@@ -478,11 +480,13 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
     """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, vectors = models["front"], models["tokenizer"], []
+    excerpt = 2 * context * front.spectrogram.hop_length / SAMPLE_RATE  # as long as the context
+    load = partial(load, excerpt=excerpt)
     rebuild = lambda network, waveform, _: F.mse_loss(
         network(x := tokenizer.slices(front(waveform))), x)  # fmt: skip
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    batches = math.ceil(dictionary[0] / 32 / front.frames / EXCERPT_SECONDS * WINDOW_SECONDS)
+    batches = math.ceil(dictionary[0] / 64 / context)
     batches = min(batches, math.ceil(4 * seen.sum().item() / 64))  # no clip more than four times
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
@@ -498,9 +502,9 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
         [part for clip, use in zip(sequences, mask) if use for part in clip.split(context)],
         batch_first=True, padding_value=-100)  # fmt: skip
     learnt, held_out, model = cut(seen), cut(~seen), models["code_model"]
-    load_codes = lambda step, arm, items: (
-        learnt[[random_key(arm, step, item) % len(learnt) for item in items]],)  # ((B, L),)
-    train_arm(f"{key} next code", model, next_code_loss, load_codes, workers=0)
+    predict_next = lambda network, waveform, _: next_code_loss(
+        network, tokenizer.codes(front(waveform)))  # fmt: skip
+    train_arm(f"{key} next code", model, predict_next, load)
     known, total = count_codes(learnt.long(), held_out.long(), codes), (held_out >= 0).sum().item()
     with torch.no_grad():
         known["next_code"] = sum(
@@ -554,14 +558,14 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
         windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)  # (n, F, -)
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
-            codes, size = models["tokenizer"].codes(log_mel), len(models["tokenizer"].centroids)
+            codes, size = models["tokenizer"].codes(log_mel)[0], len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
             *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)
-            spread = layers[-1][:, 1:].std((0, 1))
+            spread = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
-                   "contrastive": h, "generative": mean, "both": torch.cat([h, mean]),
-                   "generative, mean + sd": torch.cat([mean, spread]),
+                   "contrastive": h, "generative": mean, "both": torch.cat([h, spread]),
+                   "generative, mean + sd": spread,
                    "generative, last position": layers[-1][:, -1].mean(0),
                    "codes": codes.short()}  # fmt: skip
             new |= {f"generative, layer {i + 1}": x for i, x in enumerate(means)}
@@ -731,7 +735,7 @@ def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Pat
 
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
     log_mel = front(read_audio(path, SAMPLE_RATE)[None].to(front.mean.device))  # (1, F, T)
-    given = tokenizer.codes(log_mel)[: context // 2]  # (L,)
+    given = tokenizer.codes(log_mel)[0, : context // 2]  # (L,)
     codes = model.go_on(given.repeat(count, 1), context)  # (count, L + context)
     decoded = torch.stack([tokenizer.decode(row, log_mel) for row in codes])  # (count, F, T)
     for k, waveform in enumerate(to_waveform(decoded, front)):
@@ -760,7 +764,7 @@ def to_waveform(log_mel: Tensor, front: FrontEnd) -> Tensor:
 
 def main(args: argparse.Namespace):
     """Trains and compares every arm, or answers --predict."""
-    began, device, (rank, size) = time.time(), start_run(args.device), rank_and_size()
+    device, (rank, size) = start_run(args.device), rank_and_size()
     if args.predict:
         return predict(args.predict, args.sample, args.out, device, args.workers)
     state = open_run(vars(args), VERSION)
@@ -809,13 +813,13 @@ def main(args: argparse.Namespace):
                     args.objectives, classes, args.workers,
                     None if state["kept"] else out / "sounds.png")  # fmt: skip
                 state["kept"], state["arms"] = state["kept"] or kept, {}
-                write_whole(checkpoint, partial(torch.save, state))
+                save(state, checkpoint)
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):
             mean = {k: float(np.mean([row[k] for row in same])) for k in same[0] if k != "row"}
             mean["clips"] = sum(row["clips"] for row in same)
             table[-1].append({"row": same[0]["row"], **mean})
-    report(table, out / "results.json", state["args"], round(time.time() - began, 1))
-    end_run(out, "sounds.png" if classes else "no picture", began)
+    report(table, out / "results.json", state["args"], state["began"])
+    end_run(out, "sounds.png" if classes else "no picture", state["began"])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save_first, scan_audio, soft_rank, start_run, training,
+                    save, save_first, scan_audio, soft_rank, start_run, training,
                     write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -662,15 +662,14 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
         rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden,
                           trained.view_seconds, workers)  # fmt: skip
         table.append(rows)
-    seconds = round(time.time() - began, 1)
     there = state["args"] | {"data": str(data), "label_counts": label_counts}
-    report(table, out / "transfer.json", there, seconds)
-    print(f"wrote  {out}/transfer.json in {seconds:.0f} s")
+    report(table, out / "transfer.json", there, began)
+    print(f"wrote  {out}/transfer.json in {time.time() - began:.0f} s")
 
 
 def main(args: argparse.Namespace):
     """Trains and compares every arm, or answers --predict."""
-    began, device = time.time(), start_run(args.device)
+    device = start_run(args.device)
     if args.predict:
         return predict(args.predict, args.out / "checkpoint.pt", device, args.workers)
     if args.predict == []:
@@ -716,15 +715,15 @@ def main(args: argparse.Namespace):
                                         args.hidden, seconds, workers)  # fmt: skip
         if kept and kept["error"] < state["kept"].get("error", math.inf):
             state["kept"] = kept
-        write_whole(out / "checkpoint.pt", partial(torch.save, state))
+        save(state, out / "checkpoint.pt")
     table = [rows[str(seed)] for seed in args.seed]
-    means = report(table, out / "results.json", state["args"], round(time.time() - began, 1))
+    means = report(table, out / "results.json", state["args"], state["began"])
     if state["kept"] and rank_and_size()[0] == 0:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
         write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
             waveform=load_views(shown, seconds).to(device)))  # fmt: skip
-    end_run(out, "permutation.png" if state["kept"] else "no picture", began)
+    end_run(out, "permutation.png" if state["kept"] else "no picture", state["began"])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ import json
 import math
 import os
 import re
-import time
 import unicodedata
 from collections import defaultdict, deque, namedtuple
 from functools import partial
@@ -60,7 +59,7 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save, save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
@@ -71,6 +70,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "lr": (3e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
     "view_seconds": (8.0, 9.6, 13.6, "length of a view"),
     "left_out_folds": (1, 2, 2, "folds of songs, of 5, that are left out of training in turn"),
+    "fine_tune": (0, 1, 1, "1: a row for SSL and then labels (the demo has no time for it)"),
     "max_stretch": (1.41, 1.41, 1.25, "largest stretch rate a, smallest 1/a (paper: 0.8 to 1.2)"),
     "tcn_bands": (20, 20, 81, "mel bands of the tcn's input"),
     "tcn_frame_rate": (25, 25, 100, "frames per second of the tcn's input"),
@@ -747,24 +747,29 @@ def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
-            workers: int) -> tuple[dict, dict]:  # fmt: skip
+            fine_tune: int, workers: int) -> tuple[dict, dict]:  # fmt: skip
     """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
-    encoder is trained for each fold of songs to leave out (-1: none); the first is probed, and kept
-    if no seed's is yet."""
+    encoder is trained for each fold of songs to leave out (-1: none); the first is probed,
+    fine-tuned, and kept if no seed's is yet."""
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
     choose = lambda mask: [clip for clip, chosen in zip(clips, mask) if chosen]
+
+    def with_labels(kind, encoder, width):
+        """Trains all weights on the labels of the other folds: (n,) BPM of fold 0."""
+        classifier = TempoClassifier(encoder, width).to(next(encoder.parameters()).device)
+        loss = lambda logits, rate, bpm: F.cross_entropy(logits, tempo_targets(bpm))
+        train_arm(f"{arm} {kind}", classifier, loss, choose(known & (folds != 0)))
+        return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
+
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
     rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
     random, _, _ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
-        classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
-        loss = lambda logits, rate, bpm: F.cross_entropy(logits, tempo_targets(bpm))
-        train_arm(f"{arm} supervised", classifier, loss, choose(known & (folds != 0)))
-        h, clip = embed(encoder, paths, workers)
-        rows[f"{name}, supervised + head, fold 0"] = head_tempi(h, clip, bpm, folds, [0])
+        row = f"{name}, supervised + head, fold 0"
+        rows[row] = with_labels("supervised", encoder, h.shape[1])
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         train_arm(f"{arm} SSL {subset}", encoder, partial(pretext_loss, tie=TIE[name]),
@@ -778,6 +783,10 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
             shown = (folds == fold) | (fold < 0)
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
+            if fine_tune and known.any():
+                torch.manual_seed(random_key("head", name, seed))
+                row = f"{name}, SSL encoder ({subset}), fine-tuned, fold 0"
+                rows[row] = with_labels("fine-tuned", encoder, h.shape[1])
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     count = sum(fold >= 0 for fold in leave_out)
@@ -869,7 +878,7 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
 
 def main(args: argparse.Namespace):
     """Trains and compares every arm, or answers --predict."""
-    began, device = time.time(), start_run(args.device)
+    device = start_run(args.device)
     if args.predict is not None:
         return predict(args.predict, args.data, args.out, device, args.workers)
     state = open_run(vars(args), VERSION)
@@ -914,9 +923,9 @@ def main(args: argparse.Namespace):
                      row: np.where(np.isin(folds, leave_out), classical, np.nan)}  # fmt: skip
         for name in args.encoders:
             more, figures[seed] = compare(name, seed, clips, build, train_arm, state["kept"],
-                                          leave_out, args.workers)  # fmt: skip
+                                          leave_out, args.fine_tune, args.workers)  # fmt: skip
             tempi |= more
-            write_whole(checkpoint, partial(torch.save, state))
+            save(state, checkpoint)
         for row, heard in tempi.items():
             if labelled:
                 rows.append({"row": row, **accuracies(heard, bpm)})
@@ -924,7 +933,7 @@ def main(args: argparse.Namespace):
                 percentiles = {f"p{q}": float(np.percentile(heard, q)) for q in (5, 25, 50, 75, 95)}
                 rows.append({"row": row, **percentiles})
         table.append(rows)
-    report(table, out / "results.json", state["args"], round(time.time() - began, 1))
+    report(table, out / "results.json", state["args"], state["began"])
     responses = {}
     for name in args.encoders:
         model = build(name, args.seed[0])
@@ -933,7 +942,7 @@ def main(args: argparse.Namespace):
         responses[f"{name}, trained"] = stretch_response(model, clips)
     figure = figures[args.seed[0]]  # of the last encoder
     write_whole(out / "tempo.png", partial(draw, figure=figure, responses=responses))
-    end_run(out, "tempo.png", began)
+    end_run(out, "tempo.png", state["began"])
 
 
 if __name__ == "__main__":

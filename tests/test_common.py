@@ -1,6 +1,7 @@
 """Properties of common.py. Run from the project's folder: python -m pytest tests"""
 
 import itertools
+import json
 import os
 import resource
 import subprocess
@@ -95,12 +96,25 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     torch.save(first | {"arms": {"done": 1}}, checkpoint)
     common.save_first(common.open_run(arguments | {"resume": True}, "test"), checkpoint)
     assert not old.exists()  # the same run, going on
+    (tmp_path / "results.json").write_text("its results")
     for _ in range(3):  # what has learnt nothing does not take its place
         common.save_first(common.open_run(arguments, "test"), checkpoint)
         assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
+        assert (tmp_path / "results.old.json").read_text() == "its results"
     checkpoint.write_text("something else")
     common.save_first(common.open_run(arguments, "test"), checkpoint)
     assert old.read_text() == "something else"
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    first = common.open_run(arguments, "test")
+    first["began"] -= 1000  # this session has lasted that long
+    common.save(first, tmp_path / "checkpoint.pt")
+    state = common.open_run(arguments | {"resume": True}, "test")
+    common.report([[{"row": "chance"}]], tmp_path / "results.json", {}, state["began"])
+    seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
+    assert 1000 <= seconds < 1060
 
 
 def test_of_several_processes_one_says_why_they_end(monkeypatch, capsys):

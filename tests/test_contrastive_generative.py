@@ -184,7 +184,7 @@ def test_views_take_at_most_a_third_of_a_contrastive_step(setting, pairs, sequen
     models = script.make_models(10, **vars(args)).train()
     network = torch.nn.Sequential(models["encoder"], models["projector"])
     waveform = 0.1 * torch.randn(pairs, 40000)  # for `paper` a sixteenth of its batch
-    codes = torch.randint(args.codes, (sequences, args.context))
+    heard = 0.1 * torch.randn(sequences, 2 * args.context * args.hop_length)
     for _ in range(2):
         times = [time.perf_counter()]
         views = script.make_views(waveform.repeat(2, 1), models["front"], ["sound"])
@@ -195,6 +195,7 @@ def test_views_take_at_most_a_third_of_a_contrastive_step(setting, pairs, sequen
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
+        codes = models["tokenizer"].codes(models["front"](heard))
         script.next_code_loss(models["code_model"], codes).backward()
         rounds.append(np.diff([*times, time.perf_counter()]))
     *parts, code = np.min(rounds, axis=0)
@@ -207,6 +208,15 @@ def test_views_take_at_most_a_third_of_a_contrastive_step(setting, pairs, sequen
             end=" ",
         )
     assert views < 1 / 3
+
+
+def test_codes_of_a_batch_are_those_of_each_clip_alone():
+    torch.manual_seed(0)
+    tokenizer, log_mel = script.Tokenizer(8, 0.5), torch.randn(3, script.BANDS, 21)
+    tokenizer.centroids.copy_(tokenizer.encoder(tokenizer.slices(torch.randn(1, 64, 17))).detach())
+    codes = tokenizer.codes(log_mel)
+    assert codes.shape == (3, 10) and len(codes.unique()) > 1
+    assert all(torch.equal(tokenizer.codes(clip[None])[0], row) for clip, row in zip(log_mel, codes))
 
 
 def test_map_equals_its_definition():

@@ -437,6 +437,24 @@ def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
     assert (out / "tempo.png").stat().st_size > 10000
 
 
+def test_the_fine_tuned_row_goes_on_from_the_ssl_weights_with_labels_of_other_folds(folder):
+    clips = [clip for clip in tempo.load_clips(folder, RATE, 6.0, 0) if not math.isnan(clip.bpm)]
+    folds, heard = tempo.song_folds(clips, 0), {}
+
+    def train_arm(arm, model, loss, part):
+        encoder = getattr(model, "encoder", model)
+        heard[arm] = encoder.to_h.bias[0].item(), part
+        nn.init.constant_(encoder.to_h.bias, 5.0 if "SSL" in arm else 9.0)
+
+    build = lambda *_: tempo.TCN(RATE, 1024, 4.0, 20, 25)
+    rows, _ = tempo.compare("tcn", 0, clips, build, train_arm, {}, [-1, 0], 1, 0)
+    begin, part = heard["tcn seed 0 fine-tuned"]
+    assert begin == 5.0 != heard["tcn seed 0 supervised"][0]
+    assert part == [clip for clip, fold in zip(clips, folds) if fold != 0]
+    scored = ~np.isnan(rows["tcn, SSL encoder (all songs), fine-tuned, fold 0"])
+    assert (scored == (folds == 0)).all()
+
+
 def test_predict_prints_a_line_for_each_file_of_any_format_and_skips_the_others(finished, folder):
     names = ["stereo.wav", "eight.wav", "song.mp3", "zero.wav"]
     result = run("--out", finished[1], "--predict", *[folder / name for name in names])
