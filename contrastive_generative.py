@@ -67,7 +67,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
     "folds": (1, 5, 5, "folds, of 5, that are tested in turn"),
-    "context": (64, 64, 512, "codes that the Transformer sees"),
+    "context": (48, 64, 512, "codes that the Transformer sees"),
     "transformer": ((2, 128, 4), (2, 128, 4), (6, 256, 8), "its blocks, width and heads"),
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
@@ -161,12 +161,10 @@ def write_sound(number: int, folder: Path):
         write_whole(path, lambda p: soundfile.write(p, sound, SAMPLE_RATE, format="WAV"))
 
 
-def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
-    """All to use below a folder: [(path, seconds, class names, part)], the part a fold, or train,
-    valid or test as the data set says; dies if there is nothing."""
-    if not folder.is_dir():
-        die(f"--data {folder}: no such folder; expected ESC-50, FSD50K, GTZAN or class folders")
-    paths, tables = find_audio(folder), {f.name: f for f in find_audio(folder, {".csv"})}
+def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[str, list[tuple]]:
+    """The data set that a folder holds, and [(path, class names, part)]: the part a fold, or train,
+    valid or test as the data set says, or '' where it says nothing."""
+    tables = {file.name: file for file in find_audio(folder, {".csv"})}
     if subset and "esc50.csv" not in tables:
         die(f"--subset {subset}: no esc50.csv below {folder}")
     if "dev.csv" in tables and "eval.csv" not in tables:
@@ -180,22 +178,29 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
     try:
         if "esc50.csv" in tables:
-            layout, rows = f"ESC-50, official folds of {tables['esc50.csv']}", [
+            return f"ESC-50, official folds of {tables['esc50.csv']}", [
                 (find(row["filename"]), [row["category"]], row["fold"])
                 for row in read("esc50.csv") if not subset or row["esc10"] == "True"]  # fmt: skip
-        elif {"dev.csv", "eval.csv"} <= set(tables):
+        if {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
-            layout, rows = f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
+            return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
                 for name in ("dev.csv", "eval.csv") for row in read(name)]  # fmt: skip
-        elif len(songs) > 0.8 * len(paths):
-            layout = "GTZAN, fault-filtered split"
-            rows = [(path, [name.split(".")[0]], part_of[name]) for path, name in songs]
-        else:  # each class will be dealt out to five folds
-            layout = "class folders, stratified folds"
-            rows = [(path, [path.parent.name], "") for path in paths]
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
+    if len(songs) > 0.8 * len(paths):
+        return "GTZAN, fault-filtered split", [
+            (path, [name.split(".")[0]], part_of[name]) for path, name in songs]  # fmt: skip
+    return "class folders, stratified folds", [(path, [path.parent.name], "") for path in paths]
+
+
+def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
+    """All to use below a folder: [(path, seconds, class names, part)], in parts that the data set
+    states or in five folds; dies if there is nothing."""
+    if not folder.is_dir():
+        die(f"--data {folder}: no such folder; expected ESC-50, FSD50K, GTZAN or class folders")
+    paths = find_audio(folder)
+    layout, rows = find_layout(folder, paths, subset)
     usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
     sizes = Counter(name for path, names, _ in rows if path in usable for name in names)
     dealt, clips = Counter(), []

@@ -205,6 +205,16 @@ def write_notes(folder: Path, workers: int):
 Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, -1, -1))  # -1: none
 
 
+def read_labels(file: Path) -> dict[str, tuple] | None:
+    """{name of a note: (family, instrument, pitch)} from an examples.json; None if it is none."""
+    try:
+        return {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
+                for name, r in json.loads(file.read_text()).items()}  # fmt: skip
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
+        return None
+
+
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
     valid, unseen (NSynth's test), seen (a sixth of train) and unlabelled (all other audio)."""
@@ -216,11 +226,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         die(f"--data {folder}: no audio to use; {expected}")
     notes, held_back = {"train": [], "valid": [], "test": []}, set()
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
-        try:
-            labels = {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
-                      for name, r in json.loads(file.read_text()).items()}  # fmt: skip
-        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as e:
-            print(f"skip   {file}: not NSynth's labels ({type(e).__name__}: {e})")
+        if (labels := read_labels(file)) is None:
             continue
         here = {path.stem: path for path in seconds if file.parent in path.parents}
         found = sorted(name for name, (family, _, pitch) in labels.items()

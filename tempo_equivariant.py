@@ -28,8 +28,8 @@ Differences from the paper (its body could not be had: "paper" is its released c
 - Both views in one forward pass: the batch norm of the input sees both.
 - AdamW, one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is a pole of the ratio.
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
-  fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen. The fully
-  fine-tuned row is not here. The supervised row trains on stretched views, with their tempo.
+  fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
+  "fine-tuned", for which the demo has no time. Rows with labels train on stretched views.
 - Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
   about half; up to 3.4 s behind a single one stay unread. Arg max of their mean; the code takes the
   slower of the two best classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
@@ -155,9 +155,10 @@ def notes(banks: list, seconds: float, rng, sample_rate: int) -> list[list[np.nd
     return [[envelope * sum(wave[phase(midi)] for midi in chord) for chord in b] for b in banks]
 
 
-def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
-    """Music at `bpm`, (S,) float32: drums, bass, chords and melody, some of them silent; straight,
-    swung or ternary, in 4 or in 3; with accents, wrong and missing notes, compression and noise."""
+def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
+    """A random piece at `bpm`: beats in a bar, ticks in a beat, and its parts, drums, bass, chords
+    and melody, some of them silent: the loudness at each tick of two bars, and the sounds to choose
+    from under each of four chords."""
     beats, ticks = rng.choice([4] * 8 + [3]), rng.choice([4] * 15 + [3])  # in a bar, in a beat
     bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
     every = lambda step, first=0: 1.0 * (np.arange(2 * bar) % step == first)  # patterns of two bars
@@ -167,8 +168,7 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     offbeat = every(ticks, (ticks + 1) // 2)
     eighths, back = beat + offbeat, beat - (half if beats == 4 else downbeat)
     accent = 1 + rng.uniform(0.3, 1) * (0.25 * beat + 0.15 * eighths + 0.2 * downbeat - 0.6)
-    parts = []  # (loudness of each tick, the sounds to choose from under each of four chords)
-    has_drums = rng.random() < 0.85
+    parts, has_drums = [], rng.random() < 0.85
     kick = np.maximum(pick([beat, beat, beat - back]), pick([0, 1]) * maybe(0.15))
     hat = accent * pick([eighths] * 8 + [every(1), offbeat])
     kit = (0.95, kick, "kick"), (0.9, back, "snare"), (0.95, hat, "hat"), (0.2, maybe(0.3), "blip")
@@ -191,6 +191,14 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
             played = [[np.add(degree, root + octave + c) for degree in degrees] for c in chords]
             banks = notes(played, tick * ticks * rng.choice([0.5, 1, 1.5]), rng, sample_rate)
             parts.append((10 ** rng.uniform(-0.8, -0.1) * accent * pick(patterns), banks))
+    return beats, ticks, parts
+
+
+def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
+    """Music at `bpm`, (S,) float32: straight, swung or ternary, in 4 or in 3, with wrong and
+    missing notes, compression and noise."""
+    beats, ticks, parts = arrange(bpm, rng, sample_rate)
+    bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
     jitter, skip, hold = rng.uniform(0, 0.008), rng.uniform(0, 0.08), bar * rng.choice([1, 2])
     start = rng.integers(4 * bar) + rng.random()  # the clip is cut out of a longer piece
@@ -198,7 +206,8 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     for k in range(int(start), int(start + seconds / tick) + 1):
         for pattern, banks in parts:
             if pattern[k % (2 * bar)] > 0 and rng.random() > skip:
-                sound = pick(banks[k // hold % 4])
+                bank = banks[k // hold % 4]
+                sound = bank[rng.integers(len(bank))]
                 onset = (k - start + swing * (k % 2)) * tick + jitter * rng.normal()  # seconds
                 at = max(0, int(sample_rate * onset))
                 loudness = pattern[k % (2 * bar)] * rng.uniform(0.7, 1)
