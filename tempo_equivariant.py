@@ -169,6 +169,7 @@ def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
     eighths, back = beat + offbeat, beat - (half if beats == 4 else downbeat)
     accent = 1 + rng.uniform(0.3, 1) * (0.25 * beat + 0.15 * eighths + 0.2 * downbeat - 0.6)
     parts, has_drums = [], rng.random() < 0.85
+    # kick on every beat or on those without snare, now and then off the beat; snare as backbeat
     kick = np.maximum(pick([beat, beat, beat - back]), pick([0, 1]) * maybe(0.15))
     hat = accent * pick([eighths] * 8 + [every(1), offbeat])
     kit = (0.95, kick, "kick"), (0.9, back, "snare"), (0.95, hat, "hat"), (0.2, maybe(0.3), "blip")
@@ -273,7 +274,8 @@ def read_truth(path: Path) -> list[tuple]:
         return [(str(r["audio_filepath"]), r["tempo"], "") for r in index]
     if kind == ".mf":  # Marsyas' tables have no heading, and now and then two tabs
         text = "file\tbpm\n" + re.sub(r"\t+", "\t", text)
-    rows = csv.DictReader(text.splitlines(), delimiter="," if kind == ".csv" else "\t")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
     if not {"file", "bpm"} <= set(rows.fieldnames or []):
         return []  # a table of something else
     return [(r["file"] or "", r["bpm"], r.get("song") or r.get("origin") or "") for r in rows]

@@ -294,6 +294,7 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("genres_tempos.mf", "/x/blues.00000.clip.wav\t\t93.500\n", 93.5),
     ("index.json", json.dumps([{"audio_filepath": "g/blues.00000.wav", "tempo": 125.0}]), 125),
     ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nno.wav,9,\n", 66),
+    ("tempo.csv", "file;bpm\nblues.00000.wav;68\n", 68),
     ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])  # fmt: skip
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
     audio = tmp_path / "blues" / "blues.00000.wav"
