@@ -464,24 +464,25 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 def save_first(state: dict, checkpoint: Path):
     """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
-    checkpoint in its folder is put aside, unless it holds no finished arm."""
+    checkpoint and results in its folder are put aside, unless it holds no finished arm."""
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         try:
             last = torch.load(checkpoint, map_location="cpu", weights_only=True)
             worth = last["arms"] or last.get("rows")
         except Exception:  # whatever it is, it is not ours to lose
             worth = True
-        if worth:
-            os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))
-            print(f"kept   the last run's checkpoint as {checkpoint.with_suffix('.old.pt')}")
-            if (results := checkpoint.with_name("results.json")).exists():
-                os.replace(results, results.with_suffix(".old.json"))
+        for file in (checkpoint, checkpoint.with_name("results.json")) if worth else ():
+            old = file.with_stem(file.stem + ".old")
+            old.unlink(missing_ok=True)  # of a run before the last
+            if file.exists():
+                os.replace(file, old)
+                print(f"kept   the last run's {file.name} as {old}")
     state["begun"] = True
     save(state, checkpoint)
 
 
 def save(state: dict, checkpoint: Path):
-    """Writes the state of a run, with the seconds that it took, over all its sessions."""
+    """Writes the state of a run, with the seconds that it took so far, over all its sessions."""
     state["seconds"] = time.time() - state["began"]
     write_whole(checkpoint, partial(torch.save, state))
 

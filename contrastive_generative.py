@@ -22,7 +22,8 @@ Differences from the paper. Its body could not be had; known are abstract, a tal
 the column `paper` too.
 - The VGG-like encoder (after Fonseca 2021) pools over time only: ESC-10 was read better so.
 - Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10.
-- A sequence is one excerpt, of a short clip repeated, not packed: no attention across clips.
+- A sequence is one excerpt, not packed: no attention across clips. A short clip is repeated, and
+  so is what comes before the zeros that fill a clip up.
 - demo: half of a clip's mean spectrum leaves its slices, or codes tell rooms, not sounds, apart.
 - Both views are cropped out of one excerpt of 2.5 s, which ends where a clip is filled up with
   zeros. No reverberation.
@@ -67,7 +68,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
     "folds": (1, 5, 5, "folds, of 5, that are tested in turn"),
-    "context": (48, 64, 512, "codes that the Transformer sees"),
+    "context": (48, 64, 512, "codes that the Transformer sees (demo: 1.9 s, its clips have 2)"),
     "transformer": ((2, 128, 4), (2, 128, 4), (6, 256, 8), "its blocks, width and heads"),
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
@@ -80,7 +81,7 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5)
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW_SECONDS, EXCERPT_SECONDS = 1.0, 2.5  # of a view; of what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
-VERSION = "contrastive_generative 1"  # of the checkpoint's contents
+VERSION = "contrastive_generative 2"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -480,12 +481,13 @@ def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int
         losses.append(loss.detach())
 
 
-def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, seen: Tensor,
+def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, seen: Tensor,
                 dictionary: tuple, context: int, workers: int) -> dict:  # fmt: skip
     """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, vectors = models["front"], models["tokenizer"], []
-    excerpt = 2 * context * front.spectrogram.hop_length / SAMPLE_RATE  # as long as the context
+    longest = max(seconds for _, seconds, *_ in clips)  # more of an excerpt would only repeat it
+    excerpt = min(2 * context * front.spectrogram.hop_length / SAMPLE_RATE, longest)
     load = partial(load, excerpt=excerpt)
     rebuild = lambda network, waveform, _: F.mse_loss(
         network(x := tokenizer.slices(front(waveform))), x)  # fmt: skip
@@ -502,15 +504,18 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, paths: list, s
         torch.manual_seed(random_key(key, "k-means"))
         codes = len(tokenizer.centroids)
         tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
-    sequences = embed([models], paths, workers)[0]["codes"]
+    if dist.is_initialized():
+        dist.broadcast(tokenizer.centroids, 0)  # sums on a GPU differ in their last digits
+    sequences = embed([models], [clip[0] for clip in clips], workers)[0]["codes"]
     cut = lambda mask: nn.utils.rnn.pad_sequence(  # (n, context), -100 behind an end
         [part for clip, use in zip(sequences, mask) if use for part in clip.split(context)],
         batch_first=True, padding_value=-100)  # fmt: skip
-    learnt, held_out, model = cut(seen), cut(~seen), models["code_model"]
+    held_out, model = cut(~seen), models["code_model"]
     predict_next = lambda network, waveform, _: next_code_loss(
         network, tokenizer.codes(front(waveform)))  # fmt: skip
     train_arm(f"{key} next code", model, predict_next, load)
-    known, total = count_codes(learnt.long(), held_out.long(), codes), (held_out >= 0).sum().item()
+    known = count_codes(cut(seen).long(), held_out.long(), codes)
+    total = (held_out >= 0).sum().item()
     with torch.no_grad():
         known["next_code"] = sum(
             next_code_loss(model.eval(), part.to(front.mean.device)).item() / total
@@ -538,7 +543,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
     if "generative" not in objectives:
         return {}
-    known = learn(key, models, load, paths=[clip[0] for clip in clips], seen=seen)
+    known = learn(key, models, load, clips=clips, seen=seen)
     print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     return known
 
@@ -566,11 +571,11 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
             codes, size = models["tokenizer"].codes(log_mel)[0], len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
             *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)
-            spread = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
+            mean_sd = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
-                   "contrastive": h, "generative": mean, "both": torch.cat([h, spread]),
-                   "generative, mean + sd": spread,
+                   "contrastive": h, "generative": mean, "both": torch.cat([h, mean_sd]),
+                   "generative, mean + sd": mean_sd,
                    "generative, last position": layers[-1][:, -1].mean(0),
                    "codes": codes.short()}  # fmt: skip
             new |= {f"generative, layer {i + 1}": x for i, x in enumerate(means)}

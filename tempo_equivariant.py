@@ -70,7 +70,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "lr": (3e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
     "view_seconds": (8.0, 9.6, 13.6, "length of a view"),
     "left_out_folds": (1, 2, 2, "folds of songs, of 5, that are left out of training in turn"),
-    "fine_tune": (0, 1, 1, "1: a row for SSL and then labels (the demo has no time for it)"),
+    "fine_tune": (False, True, True, "a row for SSL and then labels (the demo has no time)"),
     "max_stretch": (1.41, 1.41, 1.25, "largest stretch rate a, smallest 1/a (paper: 0.8 to 1.2)"),
     "tcn_bands": (20, 20, 81, "mel bands of the tcn's input"),
     "tcn_frame_rate": (25, 25, 100, "frames per second of the tcn's input"),
@@ -81,7 +81,7 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view
           "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
-VERSION = "tempo_equivariant 3"  # of the checkpoint's contents
+VERSION = "tempo_equivariant 4"  # of the checkpoint's contents
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 TIE = {"tcn": 0.0, "periodicity": 0.2}  # weight of the bond between tracks: paper's loss, ours
@@ -274,11 +274,12 @@ def read_truth(path: Path) -> list[tuple]:
         return [(str(r["audio_filepath"]), r["tempo"], "") for r in index]
     if kind == ".mf":  # Marsyas' tables have no heading, and now and then two tabs
         text = "file\tbpm\n" + re.sub(r"\t+", "\t", text)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    if not {"file", "bpm"} <= set(rows.fieldnames or []):
-        return []  # a table of something else
-    return [(r["file"] or "", r["bpm"], r.get("song") or r.get("origin") or "") for r in rows]
+    for delimiter in ",;\t":
+        rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+        if {"file", "bpm"} <= set(rows.fieldnames or []):
+            return [(r["file"] or "", (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
+                     r.get("song") or r.get("origin") or "") for r in rows]  # fmt: skip
+    return []  # a table of something else
 
 
 def to_bpm(value) -> float:
@@ -758,7 +759,7 @@ def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
-            fine_tune: int, workers: int) -> tuple[dict, dict]:  # fmt: skip
+            fine_tune: bool, workers: int) -> tuple[dict, dict]:  # fmt: skip
     """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
     encoder is trained for each fold of songs to leave out (-1: none); the first is probed,
     fine-tuned, and kept if no seed's is yet."""
@@ -767,9 +768,9 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
     choose = lambda mask: [clip for clip, chosen in zip(clips, mask) if chosen]
 
-    def with_labels(kind, encoder, width):
+    def with_labels(kind, encoder):
         """Trains all weights on the labels of the other folds: (n,) BPM of fold 0."""
-        classifier = TempoClassifier(encoder, width).to(next(encoder.parameters()).device)
+        classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         loss = lambda logits, rate, bpm: F.cross_entropy(logits, tempo_targets(bpm))
         train_arm(f"{arm} {kind}", classifier, loss, choose(known & (folds != 0)))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
@@ -780,7 +781,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     random, _, _ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
         row = f"{name}, supervised + head, fold 0"
-        rows[row] = with_labels("supervised", encoder, h.shape[1])
+        rows[row] = with_labels("supervised", encoder)
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         train_arm(f"{arm} SSL {subset}", encoder, partial(pretext_loss, tie=TIE[name]),
@@ -795,9 +796,9 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             shown = (folds == fold) | (fold < 0)
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
             if fine_tune and known.any():
-                torch.manual_seed(random_key("head", name, seed))
-                row = f"{name}, SSL encoder ({subset}), fine-tuned, fold 0"
-                rows[row] = with_labels("fine-tuned", encoder, h.shape[1])
+                torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
+                row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
+                rows[row] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     count = sum(fold >= 0 for fold in leave_out)

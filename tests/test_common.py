@@ -104,6 +104,7 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     checkpoint.write_text("something else")
     common.save_first(common.open_run(arguments, "test"), checkpoint)
     assert old.read_text() == "something else"
+    assert not (tmp_path / "results.old.json").exists()  # what was put aside is of one run
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
@@ -417,7 +418,7 @@ def test_random_keys_are_fixed_and_differ_by_every_name():
 
 def test_report_gives_mean_and_sd_over_seeds(tmp_path, capsys):
     runs = [[{"row": "a", "accuracy1": 0.5}], [{"row": "a", "accuracy1": 0.7}]]
-    common.report(runs, tmp_path / "results.json", {}, 1.0)
+    common.report(runs, tmp_path / "results.json", {}, time.time())
     assert "0.600 ± 0.141" in capsys.readouterr().out
 
 

@@ -294,7 +294,8 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("genres_tempos.mf", "/x/blues.00000.clip.wav\t\t93.500\n", 93.5),
     ("index.json", json.dumps([{"audio_filepath": "g/blues.00000.wav", "tempo": 125.0}]), 125),
     ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nno.wav,9,\n", 66),
-    ("tempo.csv", "file;bpm\nblues.00000.wav;68\n", 68),
+    ("tempo.csv", "file;bpm\nblues.00000.wav;68,5\n", 68.5),
+    ("tempo.tsv", "file\tbpm\ta, b, c\nblues.00000.wav\t69\n", 69),
     ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])  # fmt: skip
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
     audio = tmp_path / "blues" / "blues.00000.wav"
@@ -448,11 +449,11 @@ def test_the_fine_tuned_row_goes_on_from_the_ssl_weights_with_labels_of_other_fo
         nn.init.constant_(encoder.to_h.bias, 5.0 if "SSL" in arm else 9.0)
 
     build = lambda *_: tempo.TCN(RATE, 1024, 4.0, 20, 25)
-    rows, _ = tempo.compare("tcn", 0, clips, build, train_arm, {}, [-1, 0], 1, 0)
+    rows, _ = tempo.compare("tcn", 0, clips, build, train_arm, {}, [-1, 0], True, 0)
     begin, part = heard["tcn seed 0 fine-tuned"]
     assert begin == 5.0 != heard["tcn seed 0 supervised"][0]
     assert part == [clip for clip, fold in zip(clips, folds) if fold != 0]
-    scored = ~np.isnan(rows["tcn, SSL encoder (all songs), fine-tuned, fold 0"])
+    scored = ~np.isnan(rows["tcn, SSL encoder (all songs), fine-tuned + head, fold 0"])
     assert (scored == (folds == 0)).all()
 
 
