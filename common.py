@@ -356,16 +356,18 @@ def stack(total, size) -> list[int]:
 # Probe on frozen features. Letters: N items, D features, C classes.
 
 
-def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iterations=100) -> nn.Linear:
+def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iterations=100,
+                 scale=1.0) -> nn.Linear:  # fmt: skip
     """Softmax regression on standardised frozen features with an L2 penalty, by L-BFGS from zero.
 
     Convex, so that no seed and no learning rate matters.
     Args:
         features: (N, D). targets: (N, C) probabilities.
+        scale: of the standardised features, a number or (D,): the smaller, the less one counts.
     Returns:
         Linear(D, C), logits for features as they come (the standardisation is in its weights).
     """
-    mean, sd = features.mean(0), features.std(0, correction=0) + 1e-6  # (D,)
+    mean, sd = features.mean(0), (features.std(0, correction=0) + 1e-6) / scale  # (D,)
     standardised = (features - mean) / sd
     layer = nn.Linear(features.shape[1], targets.shape[1], device=features.device)
     nn.init.zeros_(layer.weight)

@@ -81,7 +81,8 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5)
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW_SECONDS, EXCERPT_SECONDS = 1.0, 2.5  # of a view; of what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
-VERSION = "contrastive_generative 2"  # of the checkpoint's contents
+SECOND_SCALE = 0.5  # of the generative features in "both": at 1 they outweigh the better half
+VERSION = "contrastive_generative 3"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -639,9 +640,15 @@ def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, tr
             features[name.replace("generative", "random Transformer")] = chance[name]
             features[name] = ours[name]
     if len(objectives) == 2:
+        control = [ours["contrastive"], chance["generative, mean + sd"]]
+        features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
     for name, x in features.items() if classes else ():
-        layer, trial = (linear_probe(x[mask], targets[mask], WEIGHT_DECAY) for mask in (seen, fit))
+        scale = torch.ones(x.shape[1])
+        if name in ("contrastive + random Transformer", "both"):
+            scale[EMBEDDING:] = SECOND_SCALE  # (D,)
+        layer, trial = (linear_probe(x[mask], targets[mask], WEIGHT_DECAY, scale=scale)
+                        for mask in (seen, fit))  # fmt: skip
         rows.append({"row": name, **score(layer(x[test]), targets[test])})
         rows[-1] |= known if name == "generative" else {}
         loss = F.cross_entropy(trial(x[seen & ~fit]), targets[seen & ~fit]).item()

@@ -9,8 +9,8 @@ a constant z has the wrong ratio. A head of 300 classes, or one constant from dr
 Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2): periodicity label-free on
 songs left out .875/.975; a head on its frozen h, by cross-validation, .902/.978, on a random one
 .818/.928; autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on
-songs left out, autocorrelation .620/.796 there. The paper's TCN: z follows the stretch and not the
-tempo (onset density does so too), and its frozen h is no better than a random one (.138 and .220).
+songs left out, autocorrelation .620/.796 there. The paper's TCN: z follows the stretch, as onset
+density does, and not the tempo; its frozen h is no better than a random one (.138 and .220).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
@@ -19,17 +19,17 @@ tempo (onset density does so too), and its frozen h is no better than a random o
 Differences from the paper (its body could not be had: "paper" is its released code)
 - Views are cropped out of more audio; the code pads, and the silent tail gives the rate away.
 - Stretch rates are log-uniform up to half an octave (0.8 to 1.2): a wide step shows more of z.
-- WSOLA is batched, with the constants of SoX for slowing down; time-stretch is the only
-  augmentation, as in the released model (no pitch shift, volume, polarity, noise or frequency
-  mask).
+- WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
+  as in the released model (no pitch shift, volume, polarity, noise or frequency mask).
 - Variance-keeping initialisation of the TCN: with PyTorch's, even labels taught it nothing in 250
   steps. Flux views, a frequency mask and 1000 steps did not lift its frozen h above random either.
 - The TCN sees 20 bands at 25 frames/s by default (81 at 100), to end in minutes.
 - Both views in one forward pass: the batch norm of the input sees both.
-- AdamW, one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is a pole of the ratio.
+- AdamW (weight decay 1e-4), one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is
+  a pole of the ratio.
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
   fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
-  "fine-tuned", for which the demo has no time. Rows with labels train on stretched views.
+  "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
 - Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
   about half; up to 3.4 s behind a single one stay unread. Arg max of their mean; the code takes the
   slower of the two best classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
@@ -48,6 +48,7 @@ import re
 import unicodedata
 from collections import defaultdict, deque, namedtuple
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -163,21 +164,20 @@ def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
     bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
     every = lambda step, first=0: 1.0 * (np.arange(2 * bar) % step == first)  # patterns of two bars
     maybe = lambda p: 1.0 * (rng.random(2 * bar) < p)
-    pick = lambda options: options[rng.integers(len(options))]
     beat, half, downbeat = every(ticks), every(2 * ticks), every(bar)
     offbeat = every(ticks, (ticks + 1) // 2)
     eighths, back = beat + offbeat, beat - (half if beats == 4 else downbeat)
     accent = 1 + rng.uniform(0.3, 1) * (0.25 * beat + 0.15 * eighths + 0.2 * downbeat - 0.6)
     parts, has_drums = [], rng.random() < 0.85
     # kick on every beat or on those without snare, now and then off the beat; snare as backbeat
-    kick = np.maximum(pick([beat, beat, beat - back]), pick([0, 1]) * maybe(0.15))
-    hat = accent * pick([eighths] * 8 + [every(1), offbeat])
+    kick = np.maximum(rng.choice([beat, beat, beat - back]), rng.choice([0, 1]) * maybe(0.15))
+    hat = accent * rng.choice([eighths] * 8 + [every(1), offbeat])
     kit = (0.95, kick, "kick"), (0.9, back, "snare"), (0.95, hat, "hat"), (0.2, maybe(0.3), "blip")
     for p, pattern, kind in kit:
         if has_drums and rng.random() < p:
             loudness = 10 ** rng.uniform(-0.5, 0)
             parts.append((loudness * pattern, [[drum(kind, rng, sample_rate)]] * 4))
-    scale = np.array(pick([[0, 2, 4, 5, 7, 9, 11], [0, 2, 3, 5, 7, 8, 10]]))  # major, minor
+    scale = rng.choice([[0, 2, 4, 5, 7, 9, 11], [0, 2, 3, 5, 7, 8, 10]])  # major, minor
     root, chords = rng.integers(36, 48), rng.choice(scale, 4)
     bass = [eighths, eighths, beat, half, np.maximum(downbeat, back),
             np.maximum(downbeat, maybe(0.2))]  # fmt: skip
@@ -191,28 +191,28 @@ def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
         if not has_drums or rng.random() < p:
             played = [[np.add(degree, root + octave + c) for degree in degrees] for c in chords]
             banks = notes(played, tick * ticks * rng.choice([0.5, 1, 1.5]), rng, sample_rate)
-            parts.append((10 ** rng.uniform(-0.8, -0.1) * accent * pick(patterns), banks))
-    return beats, ticks, parts
+            parts.append((10 ** rng.uniform(-0.8, -0.1) * accent * rng.choice(patterns), banks))
+    return bar, ticks, parts
 
 
 def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
-    """Music at `bpm`, (S,) float32: straight, swung or ternary, in 4 or in 3, with wrong and
+    """Music at `bpm`, (S,) float32: straight, swung or ternary, in 4 or in 3, with late and
     missing notes, compression and noise."""
-    beats, ticks, parts = arrange(bpm, rng, sample_rate)
-    bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
+    bar, ticks, parts = arrange(bpm, rng, sample_rate)
+    tick = 60 / bpm / ticks  # seconds
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
     jitter, skip, hold = rng.uniform(0, 0.008), rng.uniform(0, 0.08), bar * rng.choice([1, 2])
     start = rng.integers(4 * bar) + rng.random()  # the clip is cut out of a longer piece
     waveform = np.zeros(int(sample_rate * (seconds + 4)))
     for k in range(int(start), int(start + seconds / tick) + 1):
         for pattern, banks in parts:
-            if pattern[k % (2 * bar)] > 0 and rng.random() > skip:
+            loudness = pattern[k % (2 * bar)]
+            if loudness > 0 and rng.random() > skip:
                 bank = banks[k // hold % 4]
                 sound = bank[rng.integers(len(bank))]
                 onset = (k - start + swing * (k % 2)) * tick + jitter * rng.normal()  # seconds
                 at = max(0, int(sample_rate * onset))
-                loudness = pattern[k % (2 * bar)] * rng.uniform(0.7, 1)
-                waveform[at : at + len(sound)] += loudness * sound
+                waveform[at : at + len(sound)] += loudness * rng.uniform(0.7, 1) * sound
     waveform = waveform[: int(seconds * sample_rate)]
     waveform = np.tanh(10 ** rng.uniform(-1.2, -0.3) * waveform / (waveform.std() + 1e-9))
     waveform = 0.8 * waveform / (np.abs(waveform).max() + 1e-9)
@@ -256,7 +256,8 @@ def track_key(name: str) -> str:
 def read_truth(path: Path) -> list[tuple]:
     """(track name, BPM, song or '') of each track in an annotation file; [] if it is none."""
     text, kind = path.read_text(encoding="utf-8-sig", errors="replace"), path.suffix.lower()
-    beat_tempo = lambda times: 60 / np.median(np.diff(np.array(times, float))) if times[1:] else 0
+    gap = lambda times: np.median(np.diff(np.array(times, float))) if times[1:] else 0
+    beat_tempo = lambda times: 60 / gap(times) if gap(times) else 0
     if kind == ".bpm":  # the first token
         return [(path.name, (text.split() or [""])[0], "")]
     if kind == ".beats":  # lines of time<TAB>position
@@ -275,8 +276,9 @@ def read_truth(path: Path) -> list[tuple]:
     if kind == ".mf":  # Marsyas' tables have no heading, and now and then two tabs
         text = "file\tbpm\n" + re.sub(r"\t+", "\t", text)
     for delimiter in ",;\t":
-        rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
-        if {"file", "bpm"} <= set(rows.fieldnames or []):
+        rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
+        if {"file", "bpm"} <= set(rows.fieldnames):
             return [(r["file"] or "", (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
                      r.get("song") or r.get("origin") or "") for r in rows]  # fmt: skip
     return []  # a table of something else
@@ -309,16 +311,19 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
             for name, value, song in rows:
                 places = [os.path.normpath(base / name) for base in (folder, file.parent)]
                 meant = next((named[n] for n in (*places, track_key(name)) if n in named), [])
-                meant = [path for path in meant if path.parent == file.parent] or meant
+                if len(meant) > 1:  # of one name: the one beside the annotation
+                    meant = [path for path in meant if path.parent == file.parent]
                 bpm = to_bpm(value)
                 numberless += math.isnan(bpm)
-                strangers += len(meant) != 1  # no such file, or several of that name
-                if len(meant) == 1 and not (math.isnan(bpm) and meant[0] in truth):
-                    truth[meant[0]] = (bpm, song or str(meant[0]))  # a song even without a number
-                    used.add(file if kind in (".mf", ".json", ".csv", ".tsv") else file.parent)
+                if len(meant) != 1:
+                    strangers += 1  # no such file, or several
+                elif meant[0] not in truth or not math.isnan(bpm):  # a song even without a number
+                    truth[meant[0]] = (bpm, song or str(meant[0]))
+            if rows:
+                used.add(file if kind in (".mf", ".json", ".csv", ".tsv") else file.parent)
         count = sum(not math.isnan(bpm) for bpm, _ in truth.values())
-        if truth or strangers:
-            print(f"truth  {kind} in {', '.join(map(str, sorted(used))) or folder}: {count} of "
+        if used:
+            print(f"truth  {kind} in {', '.join(map(str, sorted(used)))}: {count} of "
                   f"{len(paths)} files have a tempo; {strangers} annotations fit no file or "
                   f"several, {numberless} hold no number")  # fmt: skip
         if count:
@@ -374,35 +379,35 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     one best (least squares, searched at about 5.5 kHz).
 
     Args:
-        waveform: (B, S), S >= samples * rate + 0.1 s. rate: (B,). samples: length wanted.
+        waveform: (B, S), S >= samples * rate + 0.2 s. rate: (B,). samples: length wanted.
     Returns:
         (B, samples); at rate 1 the waveform itself, later by the overlap.
     """
-    coarse = max(1, round(sample_rate / 5500))  # the search's step in samples
-    segment = round(0.082 * sample_rate / coarse)  # lengths in coarse steps up to the search's end
+    coarse = round(sample_rate / 5500)
+    low = F.avg_pool1d(waveform, coarse)  # (B, S / coarse): what the search looks at
+    segment = round(0.082 * sample_rate / coarse)  # lengths in its samples up to `starts`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
-    low = F.avg_pool1d(waveform[:, None], coarse)[:, 0]  # (B, S / coarse)
     steps = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
     wanted = (rate[:, None] * hop * steps).long().clamp(max=low.shape[1] - segment - search)
     starts, span = [wanted[:, 0]], torch.arange(search + overlap - 1, device=rate.device)
     for k in range(1, len(steps)):  # over segments: each continues the one before
-        last = low.gather(1, starts[-1][:, None] + hop + span[:overlap])  # (B, overlap)
+        last = low.gather(1, starts[-1][:, None] + hop + span[:overlap])  # (B, overlap), its end
         near = low.gather(1, wanted[:, k, None] + span).unfold(1, overlap, 1)  # (B, search, -)
-        distance = near.square().sum(2) - 2 * torch.bmm(near, last[:, :, None])[:, :, 0]
+        distance = near.square().sum(2) - 2 * (near @ last[:, :, None])[:, :, 0]  # + last^2
         starts.append(wanted[:, k] + distance.argmin(1))
-    segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # samples again
+    segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
     clip, starts = torch.arange(len(rate), device=rate.device), torch.stack(starts, 1) * coarse
     pieces = waveform.unfold(1, segment, 1)[clip[:, None], starts]  # (B, count, segment)
-    fade = (torch.arange(overlap, device=rate.device) + 0.5) / overlap
-    pieces = pieces * torch.cat([fade, fade.new_ones(hop - overlap), 1 - fade])
-    size = (1, hop * (len(steps) - 1) + segment)
-    total = F.fold(pieces.transpose(1, 2), size, (1, segment), stride=(1, hop))  # (B, 1, 1, size)
-    return total[:, 0, 0, overlap : overlap + samples]
+    fade_in = (torch.arange(overlap, device=rate.device) + 0.5) / overlap
+    pieces[:, 1:, :overlap] *= fade_in  # the beginning of the first is cropped
+    pieces[:, 1:, :overlap] += (1 - fade_in) * pieces[:, :-1, hop:]
+    return pieces[:, :, :hop].flatten(1)[:, overlap : overlap + samples]
 
 
 def read_at(values: Tensor, at: Tensor) -> Tensor:
     """values (..., N) at fractional positions (..., T) on the last axis, interpolated linearly."""
+    at = at.expand(*values.shape[:-1], -1)
     below = at.long().clamp(0, values.shape[-1] - 2)
     weight = (at - below).to(values.dtype)
     return torch.lerp(values.gather(-1, below), values.gather(-1, below + 1), weight)
@@ -417,8 +422,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.dilated = nn.Conv2d(channels, channels, (1, 5), padding=(0, 2 * dilation),
-                                 dilation=(1, dilation))  # fmt: skip
+        self.dilated = nn.Conv2d(channels, channels, (1, 5), padding="same", dilation=(1, dilation))
         self.mix, self.shortcut = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -498,9 +502,9 @@ class Periodicity(nn.Module):
         hop_length, f_max = sample_rate // 50, min(11000, sample_rate / 2)  # 50 frames per second
         self.log_mel = LogMel(sample_rate, n_fft, hop_length, 40, None, 30, f_max, floor=1e-3)
         self.register_buffer("axis", BPM_AXIS, persistent=False)  # on the device: no copy in a step
-        self.conv = nn.Conv2d(40, 8, (1, 5), padding=(0, 2))
+        self.conv = nn.Conv2d(40, 8, (1, 5), padding="same")
         self.blocks = nn.Sequential(*[ResidualBlock(8, 2**i) for i in range(4)])
-        self.context = nn.Conv1d(8, 16, 9, padding=4)
+        self.context = nn.Conv1d(8, 16, 9, padding="same")
         self.to_h = nn.Conv1d(16, 1, 73, padding=12)
         with torch.no_grad():  # starts near the identity, so that a bin stands for its own tempo
             self.to_h.weight.mul_(0.3)[:, :, 35:38] += torch.tensor([0.3, 0.6, 0.3])
@@ -510,31 +514,30 @@ class Periodicity(nn.Module):
         """(B, S), (2B,) rates -> (2B, F, T) views; with no rates (B, F, T of the clip): a log-mel
         read at stretched positions, blurred in time by a random amount, and only its rises kept. On
         plain log-mel a network reads the rate off decays and off the blur of the interpolation."""
-        view = frames = self.log_mel(waveform)  # (B, F, T of the clip)
+        x = self.log_mel(waveform)  # (B, F, T of the clip)
         if rate is not None:
-            frames, rate = frames.repeat(2, 1, 1), rate[:, None]
+            x, rate = x.repeat(2, 1, 1), rate[:, None]
             steps = torch.arange(round(self.seconds * 50), device=rate.device)
-            slack = frames.shape[2] - 7 - rate * steps[-1]  # views start anywhere, not aligned
+            slack = x.shape[2] - 7 - rate * steps[-1]  # views start anywhere, not aligned
             at = 3 + torch.rand_like(rate) * slack.clamp(min=0) + rate * steps  # (2B, T)
             blur = torch.empty_like(rate).uniform_(math.log(0.35), math.log(2.5)).exp()  # frames
-            now, before, after = (read_at(frames, (at + b)[:, None].expand(-1, frames.shape[1], -1))
-                                  for b in (0, -blur, blur))  # fmt: skip
-            view = 0.5 * now + 0.25 * (before + after)  # (2B, F, T)
-        rise = F.relu(view[:, :, 1:] - view[:, :, :-1])  # (2B, F, T - 1)
+            now, before, after = (read_at(x, (at + b)[:, None]) for b in (0, -blur, blur))
+            x = 0.5 * now + 0.25 * (before + after)  # (2B, F, T)
+        rise = x.diff(dim=2).relu()  # (2B, F, T - 1)
         return rise / (rise.mean((1, 2), keepdim=True) + 1e-3)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, F, T) -> logits h (B, 97) of 30 to 480 BPM."""
         x = self.blocks(F.elu(self.conv(x[:, :, None])))[:, :, 0].float()  # (B, 8, T)
         window = torch.hann_window(x.shape[2], periodic=False, device=x.device).sqrt()
-        power = torch.fft.rfft((x - x.mean(2, keepdim=True)) * window, 2048)  # (B, 8, 1025)
-        power = torch.view_as_real(power).square().sum(-1)
-        axis = self.axis.expand(*x.shape[:2], -1) / 60 / 50  # 1 / frames
-        correlation = torch.fft.irfft(power)  # (B, 8, 2048), Wiener and Khinchin
-        correlation = read_at(correlation / (correlation[:, :, :1] + 1e-4), 1 / axis)  # (B, 8, K)
-        spectrum = (read_at(power, 2048 * axis) + 1e-6).sqrt()
-        spectrum = spectrum / (spectrum.mean(2, keepdim=True) + 1e-4)
-        return self.to_h(F.elu(self.context(F.relu(correlation) * spectrum)))[:, 0]
+        fourier = torch.fft.rfft((x - x.mean(2, keepdim=True)) * window, 2048)  # (B, 8, 1025)
+        power = torch.view_as_real(fourier).square().sum(-1)
+        correlation = torch.fft.irfft(power)  # (B, 8, 2048) by lag (Wiener and Khinchin)
+        beats = self.axis / 60 / 50  # (K,) a frame; 1 / beats is their lag, 2048 beats their bin
+        periodic = read_at(correlation / (correlation[:, :, :1] + 1e-4), 1 / beats)  # (B, 8, K)
+        spectral = (read_at(power, 2048 * beats) + 1e-6).sqrt()
+        spectral = spectral / (spectral.mean(2, keepdim=True) + 1e-4)
+        return self.to_h(F.elu(self.context(F.relu(periodic) * spectral)))[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.embed(x).float().softmax(1) * self.axis[24:121]).sum(1)  # z (B,)
@@ -543,7 +546,7 @@ class Periodicity(nn.Module):
         """h (B, 97) -> pseudo-tempo (B,), the likeliest; (B, K) scores on BPM_AXIS: the
         probability of calibration times the tempo."""
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
-        p = read_at(h.softmax(1), at.clamp(0, 96).expand(len(h), -1)) * ((at >= 0) & (at <= 96))
+        p = read_at(h.softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
         return self.axis[24:121][h.argmax(1)], p
 
 
@@ -585,8 +588,8 @@ def pretext_loss(z: Tensor, rate: Tensor, bpm: Tensor, tie: float) -> Tensor:
 
 def tempo_targets(bpm: Tensor) -> Tensor:
     """(B,) BPM -> (B, 300) probabilities: a bump of 2 % about each."""
-    ratio = torch.arange(1, CLASSES, device=bpm.device) / bpm[:, None].clamp(1, CLASSES - 1)
-    return F.pad(torch.softmax(-0.5 * (torch.log(ratio) / 0.02) ** 2, 1), (1, 0))
+    ratio = torch.arange(CLASSES, device=bpm.device) / bpm[:, None].clamp(1, CLASSES - 1)
+    return torch.softmax(-0.5 * (torch.log(ratio) / 0.02) ** 2, 1)  # class 0: exp(-inf)
 
 
 # -----------------------------------------------------------------------------
@@ -638,12 +641,12 @@ def accuracies(estimates, bpm) -> dict:
     ratio = np.asarray(estimates, float) / np.asarray(bpm, float)
     ratio = ratio[~np.isnan(ratio)]
     hits = [np.abs(ratio / fold - 1) <= 0.04 + 1e-9 for fold in (1, 2, 3, 1 / 2, 1 / 3)]
-    score = {"accuracy1": float(hits[0].mean()), "accuracy2": float(np.any(hits, 0).mean())}
-    return score | {"clips": len(ratio)}
+    return {"accuracy1": float(hits[0].mean()), "accuracy2": float(np.any(hits, 0).mean()),
+            "clips": len(ratio)}  # fmt: skip
 
 
 def load_windows(path: str, sample_rate: int) -> Tensor:
-    """A whole file as (n, S) windows of 13.6 s, about half overlapping; a shorter file is one."""
+    """A whole file as (-, S) windows of 13.6 s, about half overlapping; a shorter file is one."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     spare = max(0, len(waveform) - size)
     starts = np.linspace(0, spare, round(2 * spare / size) + 1).astype(int)
@@ -670,12 +673,12 @@ def mean_of_clips(scores: Tensor, clip: Tensor) -> Tensor:
 
 def song_folds(clips: list, seed: int) -> np.ndarray:
     """(n,) fold 0 to 4 of each clip; all excerpts of a song are in one."""
-    songs = sorted({song for *_, song in clips})
-    with_tempo = {song for *_, bpm, song in clips if not math.isnan(bpm)}
+    songs = sorted({clip.song for clip in clips})
+    with_tempo = {clip.song for clip in clips if not math.isnan(clip.bpm)}
     np.random.default_rng(random_key("folds", seed)).shuffle(songs)
     songs.sort(key=lambda song: song not in with_tempo)  # those are dealt first
     fold = {song: k % 5 for k, song in enumerate(songs)}
-    return np.array([fold[song] for *_, song in clips])
+    return np.array([fold[clip.song] for clip in clips])
 
 
 def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test=range(5)):
@@ -688,14 +691,14 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
         fit = torch.tensor((folds != fold) & known)[clip]  # (N,)
         head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]))
         likeliest = mean_of_clips(head(h).softmax(1), clip)[:, 1:].argmax(1).numpy() + 1
-        estimates[folds == fold] = likeliest[folds == fold]
+        estimates = np.where(folds == fold, likeliest, estimates)
     return estimates
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, h: Tensor) -> float:
     """The constant c of BPM = c * pseudo-tempo, without labels: twelve tracks of kick, snare and
-    hat (bare clicks have no metre: now and then a fourth was heard) give it up to its octave, which
+    hat (of bare clicks, without metre, now and then 4/3 was heard) give it up to its octave, which
     is chosen so that the median of the corpus, h (N, D), comes nearest PRIOR_BPM."""
     device, sample_rate = next(model.parameters()).device, model.sample_rate
     rng, tempi = np.random.default_rng(0), np.geomspace(60, 170, 12)
@@ -703,21 +706,22 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
     for track, bpm in zip(tracks, tempi):
         kick, snare, hat = (drum(kind, rng, sample_rate) for kind in ("kick", "snare", "hat"))
         bar = [0.7 * kick + 0.3 * hat, 0.3 * hat, 0.5 * snare + 0.3 * hat, 0.3 * hat]
-        for eighth in range(int(13.6 * bpm / 30)):
+        for eighth in range(int(WINDOW_SECONDS * bpm / 30)):
             start = int(eighth * 30 / bpm * sample_rate)
             track[start : start + len(hat)] += bar[eighth % 4]
     tracks = torch.tensor(tracks, dtype=torch.float32, device=device)
     heard, _ = model.read(model.eval().embed(model.views(tracks)), 1.0)  # (12,)
-    octaves = np.log2(tempi / heard.cpu().numpy())
-    middle = np.angle(np.exp(2j * np.pi * octaves).mean()) / (2 * np.pi)  # of fractions, a circle
-    octave = middle + np.median((octaves - middle + 0.5) % 1 - 0.5)
-    corpus = model.read(h.to(device), 1.0)[0].median().item()
-    return float(2 ** (octave + np.round(np.log2(PRIOR_BPM / corpus) - octave)))
+    octaves = np.log2(tempi / heard.cpu().numpy())  # log2 c by each track, up to whole octaves
+    middle = np.angle(np.exp(2j * np.pi * octaves).mean()) / (2 * np.pi)  # their mean on a circle
+    fraction = middle + np.median((octaves - middle + 0.5) % 1 - 0.5)  # the median about it
+    corpus, _ = model.read(h.to(device), 1.0)  # (N,)
+    whole = np.round(np.log2(PRIOR_BPM / corpus.median().item()) - fraction)
+    return float(2 ** (fraction + whole))
 
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, K) scores on BPM_AXIS -> (n,) BPM, second candidates, shares of the first: times the
-    prior, arg max, refined by a parabola through the logarithms; the second is 23 % off or more."""
+    prior, arg max, refined by a parabola through the logarithms; the second is 0.3 octaves off."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
@@ -739,11 +743,11 @@ def label_free_tempi(model: nn.Module, h: Tensor, clip: Tensor, calibration: flo
 
 def autocorrelation_tempo(path: str, sample_rate: int, n_fft: int) -> float:
     """What must be beaten: the period at which the onset strength (rectified flux, mean over 40 mel
-    bands) correlates best with itself, under the same prior; in BPM."""
+    bands) correlates best with itself, from 30 to 320 BPM, under the same prior; in BPM."""
     hop = sample_rate // 100
     log_mel = LogMel(sample_rate, n_fft, hop, 40, f_min=30, f_max=11000, floor=1e-3)
     frames = log_mel(read_audio(path, sample_rate)[None])[0]  # (F, T)
-    onsets = F.relu(frames[:, 1:] - frames[:, :-1]).mean(0)  # (T - 1,)
+    onsets = frames.diff(dim=1).relu().mean(0)  # (T - 1,)
     power = torch.fft.rfft(onsets - onsets.mean(), 2 * len(onsets) + 1000).abs().square()
     correlation = torch.fft.irfft(power)
     score = read_at(correlation / correlation[0], 60 * sample_rate / hop / BPM_AXIS).relu()
@@ -766,34 +770,33 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
-    choose = lambda mask: [clip for clip, chosen in zip(clips, mask) if chosen]
 
     def with_labels(kind, encoder):
-        """Trains all weights on the labels of the other folds: (n,) BPM of fold 0."""
+        """Trains all weights on the labels of folds 1 to 4: (n,) BPM of fold 0."""
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
-        loss = lambda logits, rate, bpm: F.cross_entropy(logits, tempo_targets(bpm))
-        train_arm(f"{arm} {kind}", classifier, loss, choose(known & (folds != 0)))
+        loss = lambda logits, rate, truth: F.cross_entropy(logits, tempo_targets(truth))
+        train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
 
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
     rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
-    random, _, _ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
+    random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
-        row = f"{name}, supervised + head, fold 0"
-        rows[row] = with_labels("supervised", encoder)
+        rows[f"{name}, supervised + head, fold 0"] = with_labels("supervised", encoder)
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
-        train_arm(f"{arm} SSL {subset}", encoder, partial(pretext_loss, tie=TIE[name]),
-                  choose(folds != fold))  # fmt: skip
+        pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
+        train_arm(pretext, encoder, partial(pretext_loss, tie=TIE[name]),
+                  list(compress(clips, heard)))  # fmt: skip
         h, clip = embed(encoder, paths, workers)
-        calibration = calibrate(encoder, h[torch.tensor(folds != fold)[clip]])
-        tempi, _, _ = label_free_tempi(encoder, h, clip, calibration)
-        left_out[folds == fold] = tempi[folds == fold]
+        calibration = calibrate(encoder, h[torch.tensor(heard)[clip]])
+        tempi, *_ = label_free_tempi(encoder, h, clip, calibration)
+        left_out = np.where(heard, left_out, tempi)
         if fold == leave_out[0]:
-            kept.setdefault(name, {"arm": f"{arm} SSL {subset}", "calibration": calibration})
+            kept.setdefault(name, {"arm": pretext, "calibration": calibration})
             rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
-            shown = (folds == fold) | (fold < 0)
+            shown = ~heard if fold >= 0 else heard  # the songs left out, or all
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
             if fine_tune and known.any():
                 torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
@@ -881,11 +884,11 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     if not clips:
         die("none of these files can be used")
     paths, bpm = [clip.path for clip in clips], [clip.bpm for clip in clips]
-    tempi, *rest = label_free_tempi(model, *embed(model, paths, workers), kept["calibration"])
-    for path, tempo, second, confidence in zip(paths, tempi, *rest):
+    answers = label_free_tempi(model, *embed(model, paths, workers), kept["calibration"])
+    for path, tempo, second, confidence in zip(paths, *answers):
         print(f"{path}: {tempo:.1f} BPM, or {second:.0f} BPM; confidence {confidence:.2f}")
     if not np.isnan(bpm).all():
-        print(f"result {accuracies(tempi, bpm)}")
+        print(f"result {accuracies(answers[0], bpm)}")
 
 
 def main(args: argparse.Namespace):
@@ -952,8 +955,8 @@ def main(args: argparse.Namespace):
         responses[f"{name}, random"] = stretch_response(model, clips)
         model.load_state_dict(state["arms"][state["kept"][name]["arm"]])
         responses[f"{name}, trained"] = stretch_response(model, clips)
-    figure = figures[args.seed[0]]  # of the last encoder
-    write_whole(out / "tempo.png", partial(draw, figure=figure, responses=responses))
+    write_whole(out / "tempo.png", partial(  # of the last encoder
+        draw, figure=figures[args.seed[0]], responses=responses))  # fmt: skip
     end_run(out, "tempo.png", state["began"])
 
 

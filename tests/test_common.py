@@ -394,6 +394,9 @@ def test_linear_probe_solves_softmax_regression_whatever_the_scale_of_the_featur
     scaled = common.linear_probe(features * 1000 + 7, targets)
     tolerance = {"atol": 0.02, "rtol": 0.02}  # L-BFGS stops early
     torch.testing.assert_close(scaled(features * 1000 + 7), probe(features), **tolerance)
+    halves = common.linear_probe(features, targets, 1e-3, scale=torch.full((5,), 0.5))
+    strict = common.linear_probe(features, targets, 4e-3)  # half the size, four times the penalty
+    torch.testing.assert_close(halves(features), strict(features), **tolerance)
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):

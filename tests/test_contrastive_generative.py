@@ -389,7 +389,7 @@ def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finis
     names = {"chance", "mel statistics", "code histogram", "random VGG", "contrastive", "both"}
     for half in ("random Transformer", "generative"):
         names |= {half + read for read in ("", ", mean + sd", ", last position", ", layer 1")}
-    assert set(rows) == names | {"supervised"}
+    assert set(rows) == names | {"contrastive + random Transformer", "supervised"}
     assert all(0 <= row["accuracy"] <= 1 and row["clips"] == 12 for row in rows.values())
     assert rows["mel statistics"]["accuracy"] > 0.6  # chance is a third
     assert rows["generative"]["bigram"] > 0 and (out / "sounds.png").stat().st_size > 10000

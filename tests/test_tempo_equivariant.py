@@ -295,6 +295,7 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("index.json", json.dumps([{"audio_filepath": "g/blues.00000.wav", "tempo": 125.0}]), 125),
     ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nno.wav,9,\n", 66),
     ("tempo.csv", "file;bpm\nblues.00000.wav;68,5\n", 68.5),
+    ("tempo.csv", "File, BPM\nblues.00000.wav, 68\n", 68),
     ("tempo.tsv", "file\tbpm\ta, b, c\nblues.00000.wav\t69\n", 69),
     ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])  # fmt: skip
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
@@ -326,7 +327,7 @@ def test_annotations_that_fit_nothing_are_named_and_links_are_followed(tmp_path,
     assert math.isnan(truth[audio[1]][0]) and truth[audio[1]][1] == "one"  # a song without a number
     (tmp_path / "truth" / "a.csv").write_text("file,bpm\nz.wav,50\n")
     assert not tempo.find_truth(tmp_path / "data", audio)
-    assert "0 of 2 files have a tempo; 1 annotations fit no file" in capsys.readouterr().out
+    assert "a.csv: 0 of 2 files have a tempo; 1 annotations fit no file" in capsys.readouterr().out
 
 
 def test_annotations_of_files_of_one_name_go_by_their_folders(tmp_path):
@@ -349,13 +350,13 @@ def test_the_monitor_tells_tempo_from_stretch_and_counts_only_known_tracks():
 
 def test_every_fold_has_songs_with_a_tempo_where_few_have_one():
     bpm = np.where(np.arange(200) % 20 == 0, 100.0, math.nan)
-    clips = [("", 0, value, f"song{k}") for k, value in enumerate(bpm)]
+    clips = [tempo.Clip("", 0, value, f"song{k}") for k, value in enumerate(bpm)]
     for seed in range(20):
         assert np.bincount(tempo.song_folds(clips, seed)[bpm > 0]).tolist() == [2] * 5
 
 
 def test_folds_keep_the_excerpts_of_a_song_together_and_are_even():
-    clips = [("", 0, 100.0, f"song{k // 3}") for k in range(90)]
+    clips = [tempo.Clip("", 0, 100.0, f"song{k // 3}") for k in range(90)]
     folds = tempo.song_folds(clips, seed=0)
     assert all(len(set(folds[k : k + 3])) == 1 for k in range(0, 90, 3))
     assert np.bincount(folds).tolist() == [18] * 5
