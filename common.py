@@ -1,4 +1,4 @@
-"""What all three scripts need and no paper is about: audio in, log-mel front end, run plumbing.
+"""What no paper is about: audio in, log-mel front end, soft_rank, run plumbing.
 
 Copy this file beside the script that you read. `python common.py` measures the front end
 and soft_rank.
@@ -119,27 +119,27 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     return resample(waveform, source_rate, sample_rate)
 
 
-def check_audio(path, sample_rate: int, min_seconds: float) -> tuple[float, str]:
-    """Reads a whole file: its seconds, and the reason why it cannot be used ('' if it can)."""
+def check_audio(path, sample_rate: int, min_seconds: float) -> float | str:
+    """Reads a whole file: its seconds, or the reason why it cannot be used."""
     try:
         waveform = read_audio(path, sample_rate)
     except AudioError as error:
-        return 0.0, str(error)
+        return str(error)
     seconds = len(waveform) / sample_rate
     if seconds < min_seconds:
-        return seconds, f"{path}: {seconds:.1f} s long, {min_seconds:.1f} s are needed"
-    return seconds, f"{path}: silent" if waveform.abs().max() < 1e-5 else ""  # -100 dB
+        return f"{path}: {seconds:.1f} s long, {min_seconds:.1f} s are needed"
+    return f"{path}: silent" if waveform.abs().max() < 1e-5 else seconds  # -100 dB
 
 
 def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) -> dict:
     """Reads every file once: {path: seconds} of those to use; the others are named and counted."""
     check = partial(check_audio, sample_rate=sample_rate, min_seconds=min_seconds)
     usable = {}
-    for path, (seconds, reason) in zip(paths, in_background(check, paths, workers, "scan")):
-        if reason:
-            print(f"skip   {reason}")
+    for path, found in zip(paths, in_background(check, paths, workers, "scan")):
+        if isinstance(found, str):
+            print(f"skip   {found}")
         else:
-            usable[path] = seconds
+            usable[path] = found
     minutes = sum(usable.values()) / 60
     print(f"data   {len(usable)} of {len(paths)} files can be used, {minutes:.1f} minutes")
     return usable
@@ -244,7 +244,7 @@ class SoftRank(torch.autograd.Function):
         order += xp.arange(0, len(rows) * n, n, device=x.device)[:, None]  # into flattened rows
         w = xp.arange(1, n + 1, dtype=xp.float64, device=x.device)
         y = rows.take(order)  # (R, n), sorted
-        largest = abs(y[:, :: max(1, n - 1)]).max()
+        largest = abs(y[:, [0, -1]]).max()  # of the ends of the rows
         if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
             y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
             # gaps above n * strength part blocks, however wide
@@ -252,7 +252,7 @@ class SoftRank(torch.autograd.Function):
             y[:, 0] = 0
         y = y - strength * w  # in float64: float32 values add up exactly
         cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
-        short = n <= 32 and cost <= 1 << 20 if xp is np else cost <= 1 << 25
+        short = (n <= 32 and cost <= 2**20) if xp is np else cost <= 2**25
         fit, block = minmax(y) if short else pool(y, xp)
         y -= fit
         y /= strength
@@ -327,17 +327,18 @@ def pool(y, xp):
         new = xp.zeros_like(level, dtype=bool)
         new[1:] = ~(level[:-1] >= level[1:])
         group = new.cumsum(0)  # which of the next blocks each block falls into
-        if group[-1] + 1 == len(group):
+        if group[-1] + 1 == len(group):  # each into one of its own: done
             break
         if len(groups) == 16:  # long chains are left, which lose a block a round
             group = xp.asarray(stack(total, size), device=y.device)
         total, size = xp.bincount(group, total), xp.bincount(group, size)
         level = total / size
         groups.append(group)
-    for earlier in reversed(groups):
+    for earlier in reversed(groups):  # from each block back to the elements in it
         group = group[earlier]
-    group = group.reshape(rows, n + 1)[:, 1:]
-    return level[group], (group - xp.arange(1, rows + 1, device=y.device)[:, None]).ravel()
+    group = group.reshape(rows, n + 1)[:, 1:]  # (R, n), without the nans ...
+    block = group - xp.arange(1, rows + 1, device=y.device)[:, None]  # ... in the count either
+    return level[group], block.ravel()
 
 
 def stack(total, size) -> list[int]:
@@ -401,20 +402,19 @@ def start_run(device: str = "") -> torch.device:
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass  # another C library: as fast as it is
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
-    chosen = device or best
+    device = device or ("cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
     try:
-        if chosen == "cuda" and "LOCAL_RANK" in os.environ:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=chosen).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        die(f"--device {chosen} cannot be used here: {str(error).splitlines()[0]}")
+        die(f"--device {device} cannot be used here: {str(error).splitlines()[0]}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if chosen == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    return torch.device(chosen)
+    return torch.device(device)
 
 
 def run(main, args):
@@ -452,7 +452,6 @@ def write_whole(path: Path, write):
 
 def load_checkpoint(path: Path, made_by: str) -> dict:
     """The state saved there by a script of this name and version; dies if it is something else."""
-    state = None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -464,9 +463,10 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
     return state
 
 
-def save_first(state: dict, checkpoint: Path):
+def save_first(state: dict):
     """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
     checkpoint and results in its folder are put aside, unless it holds no finished arm."""
+    checkpoint = Path(state["args"]["out"], "checkpoint.pt")
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         try:
             last = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -480,13 +480,13 @@ def save_first(state: dict, checkpoint: Path):
                 os.replace(file, old)
                 print(f"kept   the last run's {file.name} as {old}")
     state["begun"] = True
-    save(state, checkpoint)
+    save(state)
 
 
-def save(state: dict, checkpoint: Path):
+def save(state: dict):
     """Writes the state of a run, with the seconds that it took so far, over all its sessions."""
     state["seconds"] = time.time() - state["began"]
-    write_whole(checkpoint, partial(torch.save, state))
+    write_whole(Path(state["args"]["out"], "checkpoint.pt"), partial(torch.save, state))
 
 
 def make_folder(path: Path):
@@ -499,9 +499,9 @@ def make_folder(path: Path):
 
 
 def open_run(arguments: dict, made_by: str) -> dict:
-    """The state of a run, which its checkpoint holds: a new one with these arguments (`out`,
-    `resume`, `batch_size` and `workers` among them), or, to resume, the one in out/checkpoint.pt
-    with its own arguments but `out` and `workers`, which change no result."""
+    """The state of a run, which its checkpoint holds: a new one with these arguments (among them
+    `out`, `data`, `resume`, `batch_size` and `workers`), or, to resume, the one in
+    out/checkpoint.pt with its own arguments but `out` and `workers`, which change no result."""
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
@@ -522,7 +522,7 @@ def open_run(arguments: dict, made_by: str) -> dict:
 
 
 def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load, workers: int,
-             state: dict, checkpoint: Path, monitor=None):  # fmt: skip
+             state: dict, monitor=None):  # fmt: skip
     """Yields (batch, network, losses) for each step of an arm that is left to do; a script's loop
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
     the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
@@ -543,7 +543,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
         optimiser.load_state_dict(state["running"]["optimiser"])
     parallel, device = model.train(), next(model.parameters()).device
     print(f"model  {arm}: {sum(p.numel() for p in model.parameters())} parameters on {device}")
-    if dist.is_initialized():  # batch-norm statistics are rank 0's
+    if dist.is_initialized():  # batch norm by each rank's batch; running means are rank 0's
         parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def network(*inputs):
@@ -554,15 +554,15 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
     for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
         torch.manual_seed(random_key(arm, step, rank))
-        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then a cosine to zero
+        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, a cosine down to 0 at the last
         rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
         for group in optimiser.param_groups:
             group["lr"] = optimiser.defaults["lr"] * rate
         yield [part.to(device) for part in batch], network, losses
-        done, now = step + 1 - first, time.time()
-        if done == 1 or step + 1 == steps or now - shown > 20:
-            shown, pace = now, done / (now - began)
-            loss = torch.stack(list(losses)).mean().item()
+        now = time.time()
+        if step + 1 == steps or now - shown > 20:  # `shown` is 0 at first
+            shown, pace = now, (step + 1 - first) / (now - began)  # steps a second
+            loss = torch.stack(tuple(losses)).mean().item()
             if not math.isfinite(loss):
                 die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
             text = monitor() if monitor else f"loss {loss:.4f}"
@@ -572,13 +572,13 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
             saved = now
             state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
                                 "optimiser": optimiser.state_dict()}  # fmt: skip
-            save(state, checkpoint)
+            save(state)
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, before)
-    state["arms"][arm] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    state["arms"][arm] = {k: v.cpu().clone() for k, v in model.state_dict().items()}
     state["running"] = {}
-    save(state, checkpoint)
+    save(state)
 
 
 def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[dict]:
@@ -590,7 +590,7 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
     for same in zip(*rows_of_seeds, strict=True):
         row, line = dict(same[0]), f"  {same[0]['row']}".ljust(width)
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
-        for name in names:
+        for name in [name for name in row if name != "row"]:
             values = [other[name] for other in same]
             if isinstance(values[0], float):
                 row[name] = float(np.mean(values))
@@ -601,7 +601,7 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
             else:  # a count, or - where there is none
                 several = len(set(values)) > 1
                 cell = row[name] = f"{min(values)} to {max(values)}" if several else values[0]
-            line += f"  {cell:>15}"
+            line += f"  {cell:>15}" if name in names else ""  # the rest is for results.json
         print(line)
         rows.append(row)
     versions = {"python": platform.python_version(), "torch": torch.__version__}

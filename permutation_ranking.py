@@ -32,7 +32,7 @@ Differences from the paper, which leaves sizes, schedule, epsilon, sigma and nor
 - The MLP keeps its best epoch on validation (not stated; for instruments, which validation lacks,
   on its own notes); its inputs are clipped at 3 sd.
 - "supervised" learns family and pitch in one network and is read like the others (end to end, one
-  network each). Labelled notes are drawn evenly, so that few labels do not show all instruments.
+  network each). Labelled notes are drawn at random, so that few labels do not show all instruments.
 - Beside the MLP: linear probes, chroma, a split of seen instruments, statistics of the spectrum.
 
 Copy this file and common.py; nothing else is needed.
@@ -60,7 +60,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
                     write_whole)  # fmt: skip
 
 # -----------------------------------------------------------------------------
-# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
+# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as published.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (400, 600, 9000000, "optimiser steps of every trained arm (paper: 1000 epochs)"),
@@ -69,22 +69,21 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "label_counts": ((200, 800), (500, 1000, 3000, 5000, 10000), (500, 1000, 3000, 5000, 10000),
                      "labelled notes, as far as the data go"),
     "network": ("small", "small", "alexnet", "see NETWORKS"),
-    "view_seconds": (1.0, 1.0, 4.0, "part of a note that is shuffled; up to twice is embedded"),
     "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
 }  # fmt: skip
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
-          "label_counts": (20, 10**7), "bands": (1, 60), "slices": (1, 12), "workers": (0, 64)}
+          "label_counts": (20, 10**7), "hidden": (2, 10**5), "bands": (1, 60), "slices": (1, 12),
+          "workers": (0, 64)}
 SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 1"  # of the checkpoint's contents
+VERSION = "permutation_ranking 2"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.error = die  # one line, without the usage
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="NSynth or any audio (default: makes its own)")
@@ -92,13 +91,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--bands", type=int, nargs="+", default=[10], help="frequency bands (1: time slices only)")
     add("--slices", type=int, nargs="+", default=[1], help="time slices, one for each of --bands")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
+    special = {"label_counts": {"nargs": "+", "type": int}, "network": {"choices": NETWORKS}}
     for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
-        kind = {"nargs": "+", "type": int} if name == "label_counts" else {"type": type(paper)}
-        text = f"{meaning} (demo {demo}, data {data}, paper {paper})"
-        if name in LIMITS:
-            add("--" + name.replace("_", "-"), **kind, help=text)
-        else:
-            parser.epilog += f"{name}: {text}. "
+        add("--" + name.replace("_", "-"), **special.get(name, {"type": type(paper)}),
+            help=f"{meaning} (demo {demo}, data {data}, paper {paper})")
     add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
@@ -109,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.setting = args.setting or ("data" if args.data else "demo")
     for name, columns in HYPER_PARAMETERS.items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None:
             setattr(args, name, columns[("demo", "data", "paper").index(args.setting)])
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
@@ -125,7 +121,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 # -----------------------------------------------------------------------------
 # Data: the demo's own notes, in NSynth's layout. Letters: S samples, K partials.
 
-SOUNDS = {  # family: attack s, decay s, inharmonicity, vibrato, noise, roll-off, odd partials
+SOUNDS = {  # family: attack s, decay s, inharmonicity, vibrato, noise, roll-off, even partials lack
     "bass": (0.01, 1.5, 4e-4, 0.0, 0.02, 1.8, 0.0),
     "brass": (0.05, 4.0, 0.0, 0.005, 0.03, 0.8, 0.0),
     "flute": (0.08, 4.0, 0.0, 0.010, 0.10, 2.2, 0.0),
@@ -143,23 +139,28 @@ NOTES = {"train": (20, 5), "valid": (4, 5), "test": (8, 4)}  # instruments per f
 def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> np.ndarray:
     """A note of 2 s, (S,) float32. Families overlap: an instrument strays from its family's sound,
     and each note has a loudness, an equaliser (its room) and background noise of its own."""
-    own = np.random.default_rng(random_key("instrument", instrument))
-    attack, decay, inharmonicity, vibrato, noise = SOUNDS[family][:5] * own.lognormal(0, 0.4, 5)
-    roll_off, odd = SOUNDS[family][5] + own.normal(0, 0.15), SOUNDS[family][6]
-    formants, widths = np.exp(own.uniform(5.5, 8.5, 3)), own.uniform(0.15, 0.5, 3)
+    *times, roll_off, odd = SOUNDS[family]
+    own = np.random.default_rng(random_key("instrument", instrument))  # alike in all of its notes
+    attack, decay, inharmonicity, vibrato, noise = times * own.lognormal(0, 0.4, 5)
+    roll_off += own.normal(0, 0.15)
+    formants, widths = np.exp(own.uniform(5.5, 8.5, 3)), own.uniform(0.15, 0.5, 3)  # Hz, octaves
+
     k = np.arange(1, 25)  # (K,)
     frequency = 440 * 2 ** ((pitch - 69 + rng.normal(0, 0.05)) / 12) * k
-    frequency = frequency * np.sqrt(1 + inharmonicity * k**2)
+    frequency = frequency * np.sqrt(1 + inharmonicity * k**2)  # of a stiff string
     k, frequency = k[frequency < 7600], frequency[frequency < 7600]
     level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - odd)
     level *= 0.5 + np.exp(-0.5 * (np.log2(frequency[:, None] / formants) / widths) ** 2).sum(1)
+
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    # 35 is 2 pi 5.5: the frequency then sways by the fraction `vibrato`
     wobble = vibrato * np.sin(2 * np.pi * rng.uniform(4.5, 6.5) * t + rng.uniform(0, 6)) / 35
     cycles = frequency[:, None] * (t + wobble) + rng.random((len(k), 1))  # (K, S)
     partials = np.sin(2 * np.pi * (cycles - np.floor(cycles)).astype(np.float32))
     partials *= np.exp(np.outer(-(k**0.5) / decay, t).astype(np.float32))  # the higher die sooner
     waveform = level @ partials + 0.3 * noise * level.sum() * rng.standard_normal(len(t))
     waveform *= np.minimum(1, t / attack) * np.minimum(1, (2 - t) / 0.1)
+
     octaves = np.log2(np.fft.rfftfreq(len(t), 1 / SAMPLE_RATE) + 60)
     room = np.interp(octaves, np.linspace(5.9, 13, 9), rng.normal(0, 8, 9))  # dB
     waveform = np.fft.irfft(np.fft.rfft(waveform) * 10 ** (room / 20))
@@ -205,57 +206,54 @@ def write_notes(folder: Path, workers: int):
 Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, -1, -1))  # -1: none
 
 
-def read_labels(file: Path) -> dict[str, tuple] | None:
-    """{name of a note: (family, instrument, pitch)} from an examples.json; None if it is none."""
+def read_labels(file: Path) -> dict[str, tuple]:
+    """{name of a note: (family, instrument, pitch)} from an examples.json; {} if it is none."""
     try:
         return {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
                 for name, r in json.loads(file.read_text()).items()}  # fmt: skip
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
-        return None
+        return {}
 
 
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
     valid, unseen (NSynth's test), seen (a sixth of train) and unlabelled (all other audio)."""
-    expected = "expected nsynth-train/examples.json and nsynth-train/audio/*.wav, or any audio"
-    if not folder.is_dir():
-        die(f"--data {folder}: no such folder; {expected}")
-    seconds = scan_audio(find_audio(folder), SAMPLE_RATE, 0.25, workers)
+    seconds = scan_audio(find_audio(folder), SAMPLE_RATE, 0.25, workers)  # {path: seconds}
     if not seconds:
-        die(f"--data {folder}: no audio to use; {expected}")
-    notes, held_back = {"train": [], "valid": [], "test": []}, set()
+        die(f"--data {folder}: no folder with audio to use; expected nsynth-train/examples.json "
+            "and nsynth-train/audio/*.wav, or any audio")  # fmt: skip
+    notes, taken = {"train": [], "valid": [], "test": []}, set()  # by a label or a split
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
-        if (labels := read_labels(file)) is None:
-            continue
+        labels = read_labels(file)
         here = {path.stem: path for path in seconds if file.parent in path.parents}
         found = sorted(name for name, (family, _, pitch) in labels.items()
                        if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
         split = next((split for split in notes if split in file.parent.name), "train")
-        if split != "train":  # not to be heard in training, with a label or without
-            held_back |= {str(path) for path in here.values()}
-        notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
+        notes[split] += [Note(here[f], seconds[here[f]], *labels[f]) for f in found]
+        taken |= {here[f] for f in found} if split == "train" else set(here.values())
         print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more without audio")
     if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
-        everything, tenth = sum(notes.values(), []), lambda n: random_key(n.instrument) % 10
-        for split, tenths in (("train", range(7)), ("valid", (7,)), ("test", (8, 9))):
-            notes[split] = [note for note in everything if tenth(note) in tenths]
+        everything, notes = sum(notes.values(), []), {"train": [], "valid": [], "test": []}
+        for note in everything:
+            tenth = random_key(note.instrument) % 10
+            notes["train" if tenth < 7 else "valid" if tenth == 7 else "test"].append(note)
     for split, part in notes.items():
         present = {note.family for note in part}
         absent = [name for i, name in enumerate(FAMILIES) if i not in present] or ["no family"]
-        print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
-              f"instruments, without {', '.join(absent)}")  # fmt: skip
-    held_back |= {note.path for part in notes.values() for note in part}
-    held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
-    thin = lambda part: part[:: math.ceil(len(part) / 2000) or 1]  # at most 2000, of all families
+        if part:
+            print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
+                  f"instruments, without {', '.join(absent)}")  # fmt: skip
+    held_out = lambda note: random_key("seen", note.path.stem) % 6 == 0
+    thin = lambda part: part[:: len(part) // 2000 + 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
     notes["train"] = [note for note in notes["train"] if not held_out(note)]
     notes["unseen"], notes["valid"] = notes.pop("test"), thin(notes["valid"])
     if min(map(len, notes.values())) < 2:
         print("truth  no scores: these take labelled notes of several instruments")
-        notes, held_back = dict.fromkeys(notes, []), set()
-    notes["unlabelled"] = [Note(str(p), s) for p, s in seconds.items() if str(p) not in held_back]
+        notes, taken = dict.fromkeys(notes, []), set()
+    notes["unlabelled"] = [Note(path, s) for path, s in seconds.items() if path not in taken]
     if not notes["valid"]:  # every tenth, which is not trained on
         rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
         notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
@@ -270,8 +268,8 @@ def deal(notes: list[Note], seed: int, label_counts: list) -> tuple[list[Note], 
 
 def load_view(path: str, start: float, seconds: float) -> Tensor:
     """(S,) samples of a note, with silence behind its end."""
-    waveform, samples = read_audio(path, SAMPLE_RATE, start, seconds), round(seconds * SAMPLE_RATE)
-    return F.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+    waveform = read_audio(path, SAMPLE_RATE, start, seconds)
+    return F.pad(waveform, (0, round(seconds * SAMPLE_RATE) - len(waveform)))  # below 0: cut off
 
 
 def load_views(notes: list[Note], seconds: float) -> Tensor:
@@ -282,24 +280,24 @@ def load_views(notes: list[Note], seconds: float) -> Tensor:
 def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, fixed: Tensor):
     """(B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any; (B,)
     which; (B,) family; (B,) pitch. Each item draws from (arm, step, item) alone, whoever reads."""
-    columns = []
+    examples = []
     for item in items:
         rng = np.random.default_rng(random_key(arm, step, item))
         note = notes[rng.integers(len(notes))]
         start = rng.uniform(0, max(0, min(1.0, note.seconds - seconds)))
-        choice = int(rng.integers(max(1, len(fixed))))
-        permutation = fixed[choice] if len(fixed) else torch.tensor(rng.permutation(fixed.shape[1]))
-        columns.append((load_view(note.path, start, seconds), permutation,
-                        *torch.tensor([choice, note.family, note.pitch])))  # fmt: skip
-    return [torch.stack(column) for column in zip(*columns)]
+        choice = int(rng.integers(len(fixed))) if len(fixed) else -1
+        permutation = fixed[choice] if len(fixed) else rng.permutation(fixed.shape[1])
+        view = load_view(note.path, start, seconds)
+        examples.append((view, permutation, choice, note.family, note.pitch))
+    return torch.utils.data.default_collate(examples)
 
 
 def cut(spectrogram: Tensor, bands: int, slices: int) -> Tensor:
     """(B, F, T) -> (B, n, H, W): n = bands * slices patches of H = F / bands bins, W = T / slices
     frames, numbered row by row, low bands first; what is left of F and T is dropped."""
     H, W = spectrogram.shape[1] // bands, spectrogram.shape[2] // slices
-    rows = spectrogram[:, : bands * H, : slices * W].unflatten(1, (bands, H))
-    return rows.unflatten(3, (slices, W)).transpose(2, 3).flatten(1, 2)
+    grid = spectrogram.unfold(1, H, H).unfold(2, W, W)  # (B, F / H, T / W, H, W)
+    return grid[:, :bands, :slices].flatten(1, 2)
 
 
 def shuffle(patches: Tensor, permutation: Tensor) -> Tensor:
@@ -322,26 +320,33 @@ def distant_permutations(count: int, n: int) -> Tensor:
 
 # -----------------------------------------------------------------------------
 # Model. Letters: B notes, n patches of H x W, E features of a patch, D embedding size.
-# Both: (B, H, W) -> (B, E). In "small" the bins are the channels of convolutions over time, so that
-# it keeps where a partial lies. "alexnet" has the widths of Noroozi & Favaro 2016; stride 2 and
-# padding, for the stock one leaves nothing of patches of 51 bins.
 
-NETWORKS = {  # name: (encoder, E, width of the joint layer, dropout, frames averaged, embedding)
-    "small": (lambda height: nn.Sequential(
+
+def small_encoder(height: int) -> nn.Module:
+    """(B, H, W) -> (B, 64). Bins are channels of convolutions over time: that keeps their place."""
+    return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU()),
-        64, 512, 0.1, 4, "patches"),
-    "alexnet": (lambda height: nn.Sequential(
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU())  # fmt: skip
+
+
+def alexnet_encoder(height: int) -> nn.Module:
+    """(B, H, W) -> (B, 1024); widths of Noroozi & Favaro 2016. Stride 2 and padding, for the stock
+    one leaves nothing of patches of 51 bins."""
+    return nn.Sequential(
         nn.Unflatten(1, (1, height)),
         nn.Conv2d(1, 96, 11, 2, padding=5), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
         nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
         nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(),
         nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(),
         nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)),
-        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5)),
-        1024, 4096, 0.5, 1, "joint"),
-}  # fmt: skip
+        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5))  # fmt: skip
+
+
+NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds, frames averaged, embedding
+    "small": (small_encoder, 64, 512, 0.1, 1.0, 4, "patches"),
+    "alexnet": (alexnet_encoder, 1024, 4096, 0.5, 4.0, 1, "joint"),
+}  # seconds: of a note, that are shuffled; up to twice is embedded
 
 
 class ContextFreeNetwork(nn.Module):
@@ -350,11 +355,11 @@ class ContextFreeNetwork(nn.Module):
 
     def __init__(self, network: str, bands: int, slices: int, fixed=0, outputs=0):
         super().__init__()
-        encoder, features, width, dropout, self.averaged, self.embedding = NETWORKS[network]
+        encoder, E, width, dropout, self.seconds, self.averaged, self.embedding = NETWORKS[network]
         self.grid, n = (bands, slices), bands * slices
         # windows of 25 ms every 10 ms, 513 bins
         self.front_end = LogMel(SAMPLE_RATE, 1024, 160, None, win_length=400, floor=1e-5)
-        self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * features, width)
+        self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
         self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
                                     nn.Linear(width, outputs or len(self.fixed) or n))  # fmt: skip
@@ -387,8 +392,7 @@ class ContextFreeNetwork(nn.Module):
 
 def soft_rank_loss(theta: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """L = 0.5 || r_eps(theta) - y ||^2, soft ranks ascending; (B, n), (B, n) -> (), mean over B.
-    Without gradient where sorted scores lie further apart than epsilon, in whatever order.
-    """
+    Without gradient where sorted scores lie further apart than epsilon, in whatever order."""
     return 0.5 * (soft_rank(theta, epsilon) - y).square().sum(1).mean()
 
 
@@ -419,27 +423,26 @@ LOSSES = {
 
 
 def pitch_error(output: Tensor, pitch: Tensor) -> Tensor:
-    """Squared error of a pitch predicted in tens of semitones from middle C; (B,), (B,) -> ()."""
-    return (output - (pitch - 60) / 10).square().mean()
+    """Squared error of output 0, a pitch in tens of semitones from middle C; (B, O), (B,) -> ()."""
+    return (output[:, 0] - (pitch - 60) / 10).square().mean()
 
 
 def supervised_loss(output: Tensor, y, choice, family: Tensor, pitch: Tensor) -> Tensor:
     """Of pitch, output 0, and family, the logits behind it; (B, 12), (B,), (B,) -> ()."""
-    return pitch_error(output[:, 0], pitch) + F.cross_entropy(output[:, 1:], family)
+    return pitch_error(output, pitch) + F.cross_entropy(output[:, 1:], family)
 
 
 # -----------------------------------------------------------------------------
 # Training: one loop for all arms; only the loss differs.
 
 
-def train(arm: str, model: nn.Module, loss_of, notes: list, seconds: float, batch_size: int,
-          steps: int, lr: float, workers: int, state: dict, checkpoint: Path, shuffled=True):
+def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, steps: int, lr: float,
+          workers: int, state: dict, shuffled=True):  # fmt: skip
     """Trains the model in place with loss_of(output, ranks 1..n, choice, family, pitch)."""
-    load = partial(load_batch, arm=arm, notes=notes, seconds=seconds, fixed=model.fixed.cpu())
+    load = partial(load_batch, arm=arm, notes=notes, seconds=model.seconds, fixed=model.fixed.cpu())
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, permutation, *labels), network, losses in training(
-            arm, model, optimiser, steps, batch_size, load, workers, state,
-            checkpoint):  # fmt: skip
+            arm, model, optimiser, steps, batch_size, load, workers, state):  # fmt: skip
         patches = model.patches(waveform)  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
         loss = loss_of(output, permutation + 1.0, *labels)
@@ -454,14 +457,14 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, seconds: float, batc
 # Evaluation. Letters: N notes, D features; labels (N, 3) are family, instrument, pitch.
 
 
-def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, workers: int) -> dict:
-    """How notes that the model was not trained on are ordered: the fraction of patches at exactly
+def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dict:
+    """How random draws of notes that it was not trained on are ordered: the fraction of patches at
     their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
-    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=seconds,
+    load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=model.seconds,
                    fixed=model.fixed.cpu())  # fmt: skip
-    parts, n, everything = [], model.fixed.shape[1], range(len(notes))
-    batches = [everything[i : i + 32] for i in everything[::32]]
+    parts, n = [], model.fixed.shape[1]
+    batches = [range(len(notes))[i : i + 32] for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
         waveform, permutation, choice, *_ = (part.to(model.fixed.device) for part in batch)
         output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
@@ -475,21 +478,21 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, seconds: float, work
 
 
 @torch.no_grad()
-def embed(models: dict, notes: list, seconds: float, workers: int) -> dict[str, Tensor]:
+def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
     deviation of the log spectrum over time; as "chance" a constant."""
     features = {name: [] for name in ("chance", "statistics", *models)}
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
-    load = partial(load_views, seconds=min(4.0, 2 * seconds))
-    device = next(iter(models.values())).fixed.device
+    some = next(iter(models.values()))  # all have the same front end, on the same device
+    load = partial(load_views, seconds=min(4.0, 2 * some.seconds))
     for waveform in in_background(load, batches, workers, "embed"):
-        waveform = waveform.to(device)
+        waveform = waveform.to(some.fixed.device)
+        frames = some.front_end(waveform)  # (B, F, T)
+        features["chance"].append(torch.zeros(len(waveform), 1))
+        features["statistics"].append(torch.cat([frames.mean(2), frames.std(2)], 1).cpu())
         for name, model in models.items():
             part = model.eval().embed(model.patches(waveform), model.embedding)
-            features[name].append(part.float().cpu())
-        frames = model.front_end(waveform)  # (B, F, T), the same of all models
-        features["statistics"].append(torch.cat([frames.mean(2), frames.std(2)], 1).cpu())
-        features["chance"].append(torch.zeros(len(waveform), 1))
+            features[name].append(part.cpu())
     return {name: torch.cat(parts) for name, parts in features.items()}
 
 
@@ -502,13 +505,13 @@ def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
 
 
 def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int, outputs: int,
-             error, epochs=30) -> tuple[nn.Module, float]:  # fmt: skip
+             error) -> tuple[nn.Module, float]:  # fmt: skip
     """Trains a head on features (N, D) and labels (N,) by error(output, label); keeps the epoch
     that is best on validation, whose error comes with it."""
     head, best = make_head(x.shape[1], hidden, outputs), math.inf
     head[0].running_mean, head[0].running_var = x.mean(0), x.var(0)
     optimiser = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=1e-2)
-    for _ in range(epochs):
+    for _ in range(30):
         for part in torch.randperm(len(x)).split(64):
             optimiser.zero_grad()
             error(head(x[part]), y[part]).backward()
@@ -523,45 +526,44 @@ def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int
 def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
     """Heads and linear probes from `count` notes of "train": the metrics of "unseen" and "seen",
     the heads of family and pitch, and their error on "valid". x: {split: (N, D)}."""
-    few, y, valid = x["train"][:count], labels["train"][:count], (x["valid"], labels["valid"])
-    fit = lambda column, outputs, error, valid=valid: fit_head(
-        few, y[:, column], valid[0], valid[1][:, column], hidden, outputs, error)  # fmt: skip
-    family, family_loss = fit(0, len(FAMILIES), F.cross_entropy)
-    pitch, pitch_loss = fit(2, 1, lambda output, pitch: pitch_error(output[:, 0], pitch))
-    instrument, _ = fit(1, instruments, F.cross_entropy, (few, y))  # others are in "valid"
-    linear_family, linear_pitch = (
-        linear_probe(few, F.one_hot(y[:, column], classes).float(), iterations=40)
-        for column, classes in ((0, len(FAMILIES)), (2, 128)))  # fmt: skip
+    few, (family, player, pitch) = x["train"][:count], labels["train"][:count].T  # (N, D), (N,)
+    valid, (valid_family, _, valid_pitch) = x["valid"], labels["valid"].T  # other instruments
+    family_head, family_loss = fit_head(few, family, valid, valid_family, hidden, len(FAMILIES),
+                                        F.cross_entropy)  # fmt: skip
+    pitch_head, pitch_loss = fit_head(few, pitch, valid, valid_pitch, hidden, 1, pitch_error)
+    player_head, _ = fit_head(few, player, few, player, hidden, instruments, F.cross_entropy)
+    linear_family = linear_probe(few, F.one_hot(family, len(FAMILIES)).float(), iterations=40)
+    linear_pitch = linear_probe(few, F.one_hot(pitch, 128).float(), iterations=40)
     right = lambda guess, truth: (guess == truth).float().mean().item()
     metrics = {}
     for split in ("unseen", "seen"):
         z, (families, players, pitches) = x[split], labels[split].T
         heard, known = linear_pitch(z).argmax(1), split == "seen"
         metrics[split] = {
-            "family_accuracy": right(family(z).argmax(1), families),
+            "family_accuracy": right(family_head(z).argmax(1), families),
             "family_linear": right(linear_family(z).argmax(1), families),
-            "instrument_accuracy": right(instrument(z).argmax(1), players) if known else "-",
-            "pitch_mse": 100 * pitch_error(pitch(z)[:, 0], pitches).item(),
+            "instrument_accuracy": right(player_head(z).argmax(1), players) if known else "-",
+            "pitch_mse": 100 * pitch_error(pitch_head(z), pitches).item(),
             "pitch_accuracy": right(heard, pitches),
             "chroma_accuracy": right(heard % 12, pitches % 12)}  # fmt: skip
-    return metrics, nn.ModuleList([family, pitch]), family_loss + pitch_loss
+    return metrics, nn.ModuleList([family_head, pitch_head]), family_loss + pitch_loss
 
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
-            hidden: int, seconds: float, workers: int) -> tuple[list[dict], dict]:  # fmt: skip
+            hidden: int, workers: int) -> tuple[list[dict], dict]:  # fmt: skip
     """Scores networks beside the baselines: the rows of a seed, and what --predict needs."""
     if not counts:
         return [{"row": name, **metrics} for name, metrics in pretext.items()], {}
     players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
     parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
-    x = {split: embed(models, part, seconds, workers) for split, part in parts.items()}
+    x = {split: embed(models, part, workers) for split, part in parts.items()}
     labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
                                    for note in part]) for split, part in parts.items()}  # fmt: skip
-    rows, kept, best = [], {}, math.inf
+    rows, kept = [], {}
     for count in counts:
         for name in x["train"]:
-            row, _, own = name.partition(", ")
-            if own not in ("", f"{count} labels"):  # supervised by another count
+            row = name.removesuffix(f", {count} labels")  # that of the supervised network
+            if row.endswith(" labels"):  # supervised by another count
                 continue
             torch.manual_seed(random_key("heads", seed))
             mine = {split: features[name] for split, features in x.items()}
@@ -569,27 +571,26 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
             rows += [{"row": f"{row}, {count} labels, {split}", **values,
                       **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
                      for split, values in metrics.items()]  # fmt: skip
-            if name in pretext and error < best:
-                best, model = error, models[name]
-                kept = {"arm": f"{name}, seed {seed}", "error": error,
-                        "size": (*model.grid, len(model.fixed)),
+            if name in pretext and error < kept.get("error", math.inf):
+                size = (*models[name].grid, len(models[name].fixed))
+                kept = {"arm": f"{name}, seed {seed}", "error": error, "size": size,
                         "heads": heads.state_dict()}  # fmt: skip
     return rows, kept
 
 
 @torch.no_grad()
-def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor):
-    """The PNG: notes (B, S) as they are, shuffled, put back by the model; scores against labels."""
+def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
+    """The PNG: notes as they are, shuffled, put back by the model; scores against labels."""
     from matplotlib.figure import Figure  # needs no display
 
     picture = Figure(figsize=(13, 6), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
     left.suptitle(f"{title}: notes as they are, shuffled, put back")
-    patches = model.patches(waveform)  # (B, n, H, W)
-    permutation = model.fixed if len(model.fixed) else distant_permutations(20, patches.shape[1])
-    shuffled = shuffle(patches, permutation[1 : 1 + len(patches)].to(patches.device))
+    patches = model.patches(load_views(notes, model.seconds).to(model.fixed.device))  # (B, n, H, W)
+    permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # 0: none at all
+    shuffled = shuffle(patches, permutation.to(patches.device))
     restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))
-    grid = left.subplots(len(waveform), 3, squeeze=False)
+    grid = left.subplots(len(notes), 3, squeeze=False)
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
             image = view.unflatten(0, model.grid).transpose(1, 2).flatten(2).flatten(0, 1)
@@ -617,6 +618,13 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, waveform: Tensor)
 # Main
 
 
+def new_network(network: str, grid: tuple, seed: int, device, loss="", outputs=0) -> nn.Module:
+    """An untrained network; all of a seed start from the same weights, as far as they are alike."""
+    torch.manual_seed(random_key("weights", seed))
+    fixed = FIXED_PERMUTATIONS if loss == "classification" else 0
+    return ContextFreeNetwork(network, *grid, fixed, outputs).to(device)
+
+
 def load_kept(state: dict, device) -> nn.Module:
     """The network of those in a checkpoint that was best on validation."""
     model = ContextFreeNetwork(state["args"]["network"], *state["kept"]["size"])
@@ -635,7 +643,7 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     if not notes:
         die("none of these files can be used")
     model, trained = load_kept(state, device), state["args"]
-    x = embed({"kept": model}, notes, trained["view_seconds"], workers)["kept"]  # (N, D)
+    x = embed({"kept": model}, notes, workers)["kept"]  # (N, D)
     heads = nn.ModuleList([make_head(x.shape[1], trained["hidden"], n) for n in (len(FAMILIES), 1)])
     heads.load_state_dict(state["kept"]["heads"])
     family, pitch = (head(x) for head in heads)
@@ -650,23 +658,21 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
     """Scores the encoders of a checkpoint, which learn nothing more, on the labelled notes below
     another folder, beside random ones; writes transfer.json."""
     began, state, table = time.time(), load_checkpoint(out / "checkpoint.pt", VERSION), []
-    if str((trained := argparse.Namespace(**state["args"])).seed[-1]) not in state["rows"]:
+    trained = argparse.Namespace(**state["args"])
+    if len(state["rows"]) < len(trained.seed):
         die(f"{out}/checkpoint.pt: not all arms are trained; go on with --resume")
-    if not (notes := load_notes(data, workers))["train"]:
+    notes = load_notes(data, workers)
+    if not notes["train"]:
         die(f"--data {data}: no labelled notes to score with")
     for seed in trained.seed:
         models, (labelled, counts) = {}, deal(notes["train"], seed, label_counts)
         for grid in zip(trained.bands, trained.slices):
-            name = " {}x{}".format(*grid) * (len(trained.bands) > 1)
+            name = f" {grid[0]}x{grid[1]}" if len(trained.bands) > 1 else ""
             for row in ("random encoder", *trained.losses):
-                torch.manual_seed(random_key("weights", seed))
-                model = ContextFreeNetwork(trained.network, *grid,
-                                           FIXED_PERMUTATIONS * (row == "classification"))
+                model = models[row + name] = new_network(trained.network, grid, seed, device, row)
                 if row in LOSSES:
                     model.load_state_dict(state["arms"][f"{row}{name}, seed {seed}"])
-                models[row + name] = model.to(device)
-        rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden,
-                          trained.view_seconds, workers)  # fmt: skip
+        rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden, workers)
         table.append(rows)
     there = state["args"] | {"data": str(data), "label_counts": label_counts}
     report(table, out / "transfer.json", there, began)
@@ -682,53 +688,46 @@ def main(args: argparse.Namespace):
         return transfer(args.data, args.out, args.label_counts, device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
-    out, rows = Path(args.out), state.setdefault("rows", {})
-    folder, seconds, workers = Path(args.data or out / "audio"), args.view_seconds, args.workers
+    out, rows = Path(args.out), state.setdefault("rows", [])  # of the seeds that are finished
+    folder, workers = Path(args.data or out / "audio"), args.workers
     if not args.data and rank_and_size()[0] == 0:
         write_notes(folder, workers)
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's notes
     notes = load_notes(folder, workers)
-    save_first(state, out / "checkpoint.pt")
+    save_first(state)
 
-    train_arm = partial(train, seconds=seconds, batch_size=args.batch_size, steps=args.steps,
-                        lr=args.lr, workers=workers, state=state,
-                        checkpoint=out / "checkpoint.pt")  # fmt: skip
+    train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
+                        workers=workers, state=state)  # fmt: skip
     everything = notes["train"] + notes["unlabelled"]
-    for seed in [seed for seed in args.seed if str(seed) not in rows]:
+    for seed in args.seed[len(rows) :]:
         labelled, counts = deal(notes["train"], seed, args.label_counts)
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):
-            def build(**outputs):
-                """A network of this grid; all of a seed start from the same weights."""
-                torch.manual_seed(random_key("weights", seed))
-                return ContextFreeNetwork(args.network, *grid, **outputs).to(device)
-
-            name = " {}x{}".format(*grid) * (len(args.bands) > 1)
+            build = partial(new_network, args.network, grid, seed, device)
+            name = f" {grid[0]}x{grid[1]}" if len(args.bands) > 1 else ""
             models["random encoder" + name] = build()
             for count in counts:
-                row = f"supervised{name}, {count} labels"
-                models[row] = build(outputs=1 + len(FAMILIES))
-                train_arm(f"{row}, seed {seed}", models[row], supervised_loss, labelled[:count],
+                row, model = f"supervised{name}, {count} labels", build(outputs=1 + len(FAMILIES))
+                train_arm(f"{row}, seed {seed}", model, supervised_loss, labelled[:count],
                           shuffled=False)  # fmt: skip
+                models[row] = model
             for loss in args.losses:
-                row, fixed = loss + name, FIXED_PERMUTATIONS * (loss == "classification")
-                models[row] = build(fixed=fixed)
-                train_arm(f"{row}, seed {seed}", models[row], LOSSES[loss], everything)
-                pretext[row] = pretext_metrics(models[row], LOSSES[loss], notes["valid"], seconds,
-                                               workers)  # fmt: skip
-        rows[str(seed)], kept = compare(seed, models, pretext, notes, labelled, counts,
-                                        args.hidden, seconds, workers)  # fmt: skip
+                row, model = loss + name, build(loss)
+                train_arm(f"{row}, seed {seed}", model, LOSSES[loss], everything)
+                pretext[row] = pretext_metrics(model, LOSSES[loss], notes["valid"], workers)
+                models[row] = model
+        scores, kept = compare(seed, models, pretext, notes, labelled, counts, args.hidden, workers)
+        rows.append(scores)
         if kept and kept["error"] < state["kept"].get("error", math.inf):
             state["kept"] = kept
-        save(state, out / "checkpoint.pt")
-    table = [rows[str(seed)] for seed in args.seed]
-    means = report(table, out / "results.json", state["args"], state["began"])
-    if state["kept"] and rank_and_size()[0] == 0:
+        save(state)
+    means = report(rows, out / "results.json", state["args"], state["began"])
+    if state["kept"]:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
         write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
-            waveform=load_views(shown, seconds).to(device)))  # fmt: skip
+            notes=shown))  # fmt: skip
     end_run(out, "permutation.png" if state["kept"] else "no picture", state["began"])
 
 

@@ -91,18 +91,18 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
     checkpoint, old = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.old.pt"
     first = common.open_run(arguments, "test")
-    common.save_first(first, checkpoint)
+    common.save_first(first)
     assert not old.exists()
     torch.save(first | {"arms": {"done": 1}}, checkpoint)
-    common.save_first(common.open_run(arguments | {"resume": True}, "test"), checkpoint)
+    common.save_first(common.open_run(arguments | {"resume": True}, "test"))
     assert not old.exists()  # the same run, going on
     (tmp_path / "results.json").write_text("its results")
     for _ in range(3):  # what has learnt nothing does not take its place
-        common.save_first(common.open_run(arguments, "test"), checkpoint)
+        common.save_first(common.open_run(arguments, "test"))
         assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
         assert (tmp_path / "results.old.json").read_text() == "its results"
     checkpoint.write_text("something else")
-    common.save_first(common.open_run(arguments, "test"), checkpoint)
+    common.save_first(common.open_run(arguments, "test"))
     assert old.read_text() == "something else"
     assert not (tmp_path / "results.old.json").exists()  # what was put aside is of one run
 
@@ -111,7 +111,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
     arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
     first = common.open_run(arguments, "test")
     first["began"] -= 1000  # this session has lasted that long
-    common.save(first, tmp_path / "checkpoint.pt")
+    common.save(first)
     state = common.open_run(arguments | {"resume": True}, "test")
     common.report([[{"row": "chance"}]], tmp_path / "results.json", {}, state["began"])
     seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
@@ -419,10 +419,12 @@ def test_random_keys_are_fixed_and_differ_by_every_name():
     assert len(keys) == 200
 
 
-def test_report_gives_mean_and_sd_over_seeds(tmp_path, capsys):
-    runs = [[{"row": "a", "accuracy1": 0.5}], [{"row": "a", "accuracy1": 0.7}]]
-    common.report(runs, tmp_path / "results.json", {}, time.time())
-    assert "0.600 ± 0.141" in capsys.readouterr().out
+def test_report_gives_mean_and_sd_over_seeds_also_of_what_the_table_does_not_show(tmp_path, capsys):
+    seed = lambda score, nats: [{"row": "a", "score": score}, {"row": "b", "nats": nats}]
+    _, b = common.report([seed(0.5, 2.0), seed(0.7, 3.0)], tmp_path / "r.json", {}, time.time())
+    printed = capsys.readouterr().out
+    assert "0.600 ± 0.141" in printed and "nats" not in printed
+    assert b["nats"] == 2.5 and b["nats_sd"] == pytest.approx(0.5**0.5)
 
 
 def test_importing_common_prints_and_computes_nothing(capsys):

@@ -186,7 +186,7 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
         return model.output(torch.relu(model.joint(torch.stack([torch.cat(f) for f in features]))))
 
     optimiser, waveform = torch.optim.AdamW(model.parameters()), torch.randn(32, 16000)
-    notes = [P.Note(str(path), 2.0) for path in (folder / "nsynth-test/audio").iterdir()]
+    notes = [P.Note(path, 2.0) for path in (folder / "nsynth-test/audio").iterdir()]
 
     def step(output):
         optimiser.zero_grad()
@@ -310,7 +310,7 @@ def test_embedding_many_notes_keeps_no_more_than_a_batch_of_them_in_memory(monke
 
     monkeypatch.setattr(P, "load_view", load)
     models = {"a": P.ContextFreeNetwork("small", 10, 1), "b": P.ContextFreeNetwork("small", 10, 1)}
-    x = P.embed(models, [P.Note("file", 1.0)] * 150, 0.25, 0)
+    x = P.embed(models, [P.Note("file", 1.0)] * 150, 0)
     assert x["a"].shape == (150, 640)
     assert len(alive) == 150 and max(alive) <= 66
 
@@ -350,16 +350,8 @@ def test_the_heads_leave_the_encoder_as_it_was_trained(finished):
     state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
     model = P.load_kept(state, "cpu")
     x = model.embed(torch.randn(8, 10, 51, 25), model.embedding)
-    head, _ = P.fit_head(
-        x.detach(),
-        torch.zeros(8).long(),
-        x.detach(),
-        torch.zeros(8).long(),
-        8,
-        2,
-        torch.nn.functional.cross_entropy,
-        2,
-    )
+    x, y = x.detach(), torch.zeros(8).long()
+    head, _ = P.fit_head(x, y, x, y, 8, 2, torch.nn.functional.cross_entropy)
     assert all(
         torch.equal(v, state["arms"][state["kept"]["arm"]][k])
         for k, v in model.state_dict().items()
