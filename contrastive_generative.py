@@ -20,7 +20,8 @@ contrastive one.
 Differences from the paper. Its body could not be had; known are abstract, a talk and one slide
 (supervised 71.3 %, generative 60.1 %, contrastive 55.6 %, data not named): all numbers are ours, in
 the column `paper` too.
-- The VGG-like encoder (after Fonseca 2021) pools over time only: ESC-10 was read better so.
+- The VGG-like encoder (after Fonseca 2021) ends in a pooling over time alone: ESC-10 was read
+  better so.
 - Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10.
 - A sequence is one excerpt, not packed: no attention across clips. A short clip is repeated, and
   so is what comes before the zeros that fill a clip up.
@@ -28,7 +29,9 @@ the column `paper` too.
 - Both views are cropped out of one excerpt of 2.5 s, which ends where a clip is filled up with
   zeros. No reverberation.
 - The probe is L-BFGS with one weight decay, on FSD50K with one softmax over a clip's classes. It is
-  fitted to train and valid; valid alone chooses the row that --predict uses.
+  fitted to train and valid; valid alone chooses the row that --predict uses (of the first split).
+- "both": the generative features at half their size (chosen on folds 2 to 5 of ESC-10), or they
+  outweigh the better half. Beside it the same with an untrained Transformer.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
 - Griffin-Lim turns decoded continuations into sound; the paper's own are not known.
@@ -39,7 +42,8 @@ Copy this file and common.py; nothing else is needed.
 import argparse
 import csv
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -79,9 +83,9 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5)
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
           "seed": (0, 2**32), "sample": (0, 100)}  # fmt: skip
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
-WINDOW_SECONDS, EXCERPT_SECONDS = 1.0, 2.5  # of a view; of what it is cropped from
+WINDOW, EXCERPT_SECONDS = 16000, 2.5  # samples of a view (1 s); what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
-SECOND_SCALE = 0.5  # of the generative features in "both": at 1 they outweigh the better half
+SECOND_SCALE = 0.5  # of the generative features in "both"
 VERSION = "contrastive_generative 3"  # of the checkpoint's contents
 
 
@@ -111,13 +115,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
     add("--sample", type=int, default=0, metavar="N", help="and N continuations, as wav files")
     args = parser.parse_args(argv)
-    batch_size = args.batch_size  # if given, of the generative half too
+    if args.sequences is None:
+        args.sequences = args.batch_size  # if that is given, it holds for both halves
     column = ("demo", "data", "paper").index(args.setting or ("data" if args.data else "demo"))
     for name, columns in HYPER_PARAMETERS.items():
-        given = getattr(args, name, None)
-        if name == "sequences" and given is None:
-            given = batch_size
-        setattr(args, name, columns[column] if given is None else given)
+        if getattr(args, name, None) is None:
+            setattr(args, name, columns[column])
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
@@ -139,7 +142,9 @@ def write_sound(number: int, folder: Path):
     pitch and pace, through a random filter (another room, another microphone), in noise."""
     kind, rng = SOUNDS[number % len(SOUNDS)], np.random.default_rng(number)
     path, t = folder / kind / f"{number:04d}.wav", np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
-    noise, pitch, pace = rng.normal(size=len(t)), 250 * 10 ** rng.random(), rng.uniform(2, 6)  # Hz
+    if path.exists():
+        return
+    noise, pitch, pace = rng.normal(size=len(t)), 250 * 10 ** rng.random(), rng.uniform(2, 6)
     tone = lambda hertz: np.sin(2 * np.pi * np.cumsum(hertz + 0 * t) / SAMPLE_RATE)
     since = lambda pace: (pace * t + rng.random()) % 1 / pace  # seconds since the last stroke
     strike, slow = since(pace), since(pace / 4)
@@ -158,9 +163,8 @@ def write_sound(number: int, folder: Path):
     sound = np.fft.irfft(np.fft.rfft(sound) * np.exp(0.8 * colour), len(t))
     sound = sound / sound.std() + 10 ** rng.uniform(-1.1, 0) * rng.normal(size=len(t))
     sound *= 0.1 * 10 ** rng.uniform(-1.5, 0)
-    if not path.exists():
-        make_folder(path.parent)
-        write_whole(path, lambda p: soundfile.write(p, sound, SAMPLE_RATE, format="WAV"))
+    make_folder(path.parent)
+    write_whole(path, lambda p: soundfile.write(p, sound, SAMPLE_RATE, format="WAV"))
 
 
 def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[str, list[tuple]]:
@@ -174,10 +178,6 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
     read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
     stems = {path.stem: path for path in paths}
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
-    part_of = {name: part for part in ("train", "valid", "test")
-               for name in getattr(gtzan, f"filtered_{part}")}  # fmt: skip
-    songs = [(path, path.stem.removeprefix("gtzan_").replace("_", ".")) for path in paths]
-    songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
     try:
         if "esc50.csv" in tables:
             return f"ESC-50, official folds of {tables['esc50.csv']}", [
@@ -190,6 +190,10 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
                 for name in ("dev.csv", "eval.csv") for row in read(name)]  # fmt: skip
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
+    part_of = {name: part for part in ("train", "valid", "test")
+               for name in getattr(gtzan, f"filtered_{part}")}  # fmt: skip
+    songs = [(path, path.stem.removeprefix("gtzan_").replace("_", ".")) for path in paths]
+    songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
     if len(songs) > 0.8 * len(paths):
         return "GTZAN, fault-filtered split", [
             (path, [name.split(".")[0]], part_of[name]) for path, name in songs]  # fmt: skip
@@ -208,12 +212,14 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     dealt, clips = Counter(), []
     single = [name for name in sizes if sizes[name] == 1]
     scored = len(sizes) - len(single) > 1  # classes that can be told apart
-    for path, names, part in [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]:
-        names = names if scored else [""]
-        dealt[names[0]] += 1
-        if path in usable and set(names) - set(single):
-            clips.append((str(path), usable[path], names if scored else [],
-                          part or str(dealt[names[0]] % 5 + 1)))  # fmt: skip
+    for i in np.random.default_rng(0).permutation(len(rows)):
+        path, names, part = rows[i]
+        names = [name for name in names if name not in single] if scored else []
+        stratum = names[0] if names else ""  # dealt into five folds in turn, unusable files too:
+        dealt[stratum] += 1  # where one is mended, the other clips stay in their folds
+        if path in usable and (names or not scored):
+            part = part or str(dealt[stratum] % 5 + 1)
+            clips.append((str(path), usable[path], names, part))
     for name in single if scored else ():
         print(f"skip   class {name}: one clip is too few to learn from and to test")
     counts = dict(sorted(Counter(part for *_, part in clips).items()))
@@ -234,22 +240,23 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
     samples = round(excerpt * SAMPLE_RATE)
     for item, i in zip(items, chosen):
         rng, (path, seconds, *_) = np.random.default_rng(random_key(arm, step, item)), clips[i]
-        for start in (*rng.uniform(0, max(0.0, seconds - excerpt), 3), 0.0):
+        starts = rng.uniform(0, max(0.0, seconds - excerpt), 3)
+        for start in (*starts, 0.0):  # the next if there are only the zeros that fill up a clip
             waveform = read_audio(path, SAMPLE_RATE, start, excerpt)
-            if waveform.abs().max() > 1e-4:  # not in the zeros that fill up a clip
-                loud = int((waveform.abs() > 1e-4).nonzero().max()) + 1
-                waveform = waveform[: max(loud, round(WINDOW_SECONDS * SAMPLE_RATE))]
+            sounding = (waveform.abs() > 1e-4).nonzero()  # (n, 1), which samples
+            if len(sounding):  # and without such zeros at its end, but no shorter than a view
+                waveform = waveform[: max(WINDOW, sounding[-1].item() + 1)]
                 break
         waveforms.append(waveform.repeat(math.ceil(samples / len(waveform)))[:samples])
     return torch.stack(waveforms), targets[chosen]
 
 
 class FrontEnd(LogMel):
-    """Log-mel standardised by one mean and one deviation of all; `frames` are those of a view."""
+    """Log-mel standardised by one mean and deviation of 256 excerpts; `frames` of a view."""
 
     def __init__(self, hop_length: int):
         super().__init__(SAMPLE_RATE, 512, hop_length, BANDS, 400, 60, 7800, floor=1e-3)
-        self.frames = round(WINDOW_SECONDS * SAMPLE_RATE / hop_length)
+        self.frames = WINDOW // hop_length
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("sd", torch.ones(()))
 
@@ -263,25 +270,25 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
     sound (the abstract's pitch and timbre): another clip mixed in, noise, gain, time-stretch, pitch
     (a shift of mel bands: 12 are 10 semitones at 2 kHz, more below), a high- or low-pass;
     image (the talk's): a band and a time mask, blur; flip (the talk's): backwards in time."""
-    B, device, rate, pitch = len(waveform), waveform.device, torch.ones(len(waveform), 1), 0
+    B, device = len(waveform), waveform.device
     within = lambda low, high: low + (high - low) * torch.rand(B, 1, device=device)
-    some = lambda p: (torch.rand(B, 1, device=device) < p).float()
+    some = lambda p: torch.rand(B, 1, device=device) < p  # (B, 1)
+    rate, pitch = torch.ones(B, 1, device=device), torch.zeros(B, 1, device=device)
     if "sound" in families:
         level = waveform.square().mean(1, keepdim=True).sqrt() + 1e-5
         other = some(0.5) * within(0, 0.5) * (waveform / level).roll(1, 0)
         noise = some(0.5) * 10 ** (-within(0, 30) / 20) * torch.randn_like(waveform)
-        waveform = (waveform + level * (other + noise)) * 10 ** (-some(0.5) * within(0, 20) / 20)
+        waveform = (waveform + level * (other + noise)) * 10 ** -(some(0.5) * within(0, 20) / 20)
         rate, pitch = 1.7 ** (some(0.8) * within(-1, 1)), some(0.5) * within(-12, 12)
-    x, rate = front(waveform), rate.to(device)  # (B, F, T)
+    x = front(waveform)  # (B, F, T)
     (bands, T), frames = x.shape[1:], front.frames
     start = within(0, 1) * (T - 1 - rate * (frames - 1)).clamp(min=0)
     time = (start + rate * torch.arange(frames, device=device)) / (T - 1)  # (B, frames), in 0 .. 1
-    band = (torch.arange(bands, device=device) + pitch).expand(B, -1) / (bands - 1)  # (B, F)
-    at = [time[:, None].expand(-1, bands, -1), band[:, :, None].expand(-1, -1, frames)]
-    at = 2 * torch.stack(at, 3) - 1  # (B, F, frames, 2): where to read
-    x = F.grid_sample(x[:, None], at, padding_mode="border", align_corners=True)[:, 0]
+    band = (torch.arange(bands, device=device) + pitch) / (bands - 1)  # (B, F)
+    at = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), 3)
+    x = F.grid_sample(x[:, None], 2 * at - 1, padding_mode="border", align_corners=True)[:, 0]
     if "sound" in families:  # high-pass below 0.2 to 1.2 kHz or low-pass above 2.2 to 4 kHz
-        axis, low_cut = torch.linspace(0, 1, bands, device=device), some(0.5) > 0
+        axis, low_cut = torch.linspace(0, 1, bands, device=device), some(0.5)
         beyond = torch.where(low_cut, within(0.07, 0.38) - axis, axis - within(0.55, 0.75)).relu()
         x = x - (within(0, 8) * beyond)[:, :, None] / front.sd  # to 18 dB per octave
     for dim, share in ((1, 0.15), (2, 0.2)) if "image" in families else ():
@@ -290,10 +297,9 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
         hidden = (index - half - within(0, 1) * (size - 2 * half)).abs() < half
         x = x.masked_fill(hidden.unsqueeze(3 - dim), 0)
         blur = (some(0.2) * within(0, 0.25))[:, :, None]  # what a cell gives its neighbours
-        below, above = (index + step for step in (-1, 1))
-        x = x + blur * (x.index_select(dim, below.clamp(min=0))
-                        + x.index_select(dim, above.clamp(max=size - 1)) - 2 * x)  # fmt: skip
-    return torch.where(some(0.5)[:, :, None] > 0, x.flip(2), x) if "flip" in families else x
+        before, after = (index - 1).clamp(min=0), (index + 1).clamp(max=size - 1)
+        x = x + blur * (x.index_select(dim, before) + x.index_select(dim, after) - 2 * x)
+    return torch.where(some(0.5)[:, :, None], x.flip(2), x) if "flip" in families else x
 
 
 # -----------------------------------------------------------------------------
@@ -356,9 +362,8 @@ class Tokenizer(nn.Module):
 def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor:
     """Ordinary k-means, (N, D) vectors -> (codes, D) centroids: of several k-means++ starts the one
     of least inertia; an entry that is nearest to no vector moves to a random one."""
-    best = (math.inf, None)
-    nearest = lambda centroids: map(torch.cat, zip(  # distances (N,) and which (N,), in pieces
-        *[torch.cdist(part, centroids).min(1) for part in vectors.split(2**16)]))
+    least = math.inf
+    nearest = lambda centroids: [torch.cdist(v, centroids).min(1) for v in vectors.split(2**16)]
     for _ in range(restarts):
         centroids = vectors[torch.randint(len(vectors), (1,))]
         distance = torch.cdist(vectors, centroids)[:, 0].square()
@@ -367,13 +372,14 @@ def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor
             centroids = torch.cat([centroids, new])
             distance = torch.minimum(distance, torch.cdist(vectors, new)[:, 0].square())
         for _ in range(iterations):
-            _, index = nearest(centroids)
+            index = torch.cat([piece.indices for piece in nearest(centroids)])  # (N,)
             count = index.bincount(minlength=codes)[:, None]  # (codes, 1)
             mean = torch.zeros_like(centroids).index_add_(0, index, vectors) / count.clamp(min=1)
             centroids = torch.where(count > 0, mean, vectors[torch.randint(len(vectors), (codes,))])
-        inertia = next(nearest(centroids)).square().sum().item()
-        best = min(best, (inertia, centroids), key=lambda pair: pair[0])
-    return best[1]
+        distance = torch.cat([piece.values for piece in nearest(centroids)])  # (N,)
+        if (inertia := distance.square().sum().item()) < least:
+            least, best = inertia, centroids
+    return best
 
 
 class Block(nn.Module):
@@ -399,6 +405,7 @@ class CodeModel(nn.Module):
 
     def __init__(self, codes: int, context: int, blocks: int, width: int, heads: int):
         super().__init__()
+        self.context = context  # codes at once; with the start symbol they take one place more
         self.embed, self.place = nn.Embedding(codes + 1, width), nn.Embedding(context + 1, width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(blocks)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, codes, bias=False)
@@ -421,7 +428,7 @@ class CodeModel(nn.Module):
     def go_on(self, codes: Tensor, count: int) -> Tensor:
         """(B, L) -> (B, L + count), each new code drawn from p(c_t | start, c_<t)."""
         for _ in range(count):
-            seen = codes[:, 2 - len(self.place.weight) :]  # a place is left for what comes next
+            seen = codes[:, 1 - self.context :]  # one less: forward() never trains the last state
             p = self.head(self.states(seen)[-1][:, -1]).softmax(1)  # (B, K)
             codes = torch.cat([codes, torch.multinomial(p, 1)], 1)
         return codes
@@ -451,15 +458,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         parts[rank] = size * z - (size - 1) * z.detach()  # DDP will divide its gradient by size
         z1, z2 = torch.cat(parts, 1)  # (2, N of all ranks, D)
     z, N = F.normalize(torch.cat([z1, z2]), dim=1), len(z1)  # (2N, D): z @ z.T is the cosine
-    similarity = z @ z.T / temperature  # (2N, 2N), s_ij / tau
-    similarity = similarity.masked_fill(torch.eye(2 * N, device=z.device) > 0, -math.inf)  # k != i
+    similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # (2N, 2N), s_ij / tau; k != i
     partner = torch.arange(2 * N, device=z.device).roll(N)  # view i pairs with i + N mod 2N
     return F.cross_entropy(similarity, partner)  # -log softmax is Eq. (1)
 
 
 def next_code_loss(network, codes: Tensor) -> Tensor:
     """L = -1/T sum over t of log p(c_t | start, c_<t), in nats; codes (B, L), -100 for none."""
-    codes = codes.long()
     return F.cross_entropy(network(codes).flatten(0, 1), codes.flatten(), ignore_index=-100)
 
 
@@ -468,12 +473,12 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 
 
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
-          workers: int, state: dict, checkpoint: Path):  # fmt: skip
+          workers: int, state: dict):  # fmt: skip
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
     load = partial(load, arm=arm)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for batch, network, losses in training(arm, model, optimiser, steps, batch_size, load, workers,
-                                           state, checkpoint):  # fmt: skip
+                                           state):  # fmt: skip
         loss = loss_of(network, *batch)
         optimiser.zero_grad()
         loss.backward()
@@ -483,19 +488,22 @@ def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int
 
 
 def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, seen: Tensor,
-                dictionary: tuple, context: int, workers: int) -> dict:  # fmt: skip
+                dictionary: tuple, workers: int) -> dict:  # fmt: skip
     """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
-    front, tokenizer, vectors = models["front"], models["tokenizer"], []
+    front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
+    context, vectors = model.context, []
     longest = max(seconds for _, seconds, *_ in clips)  # more of an excerpt would only repeat it
     excerpt = min(2 * context * front.spectrogram.hop_length / SAMPLE_RATE, longest)
     load = partial(load, excerpt=excerpt)
-    rebuild = lambda network, waveform, _: F.mse_loss(
-        network(x := tokenizer.slices(front(waveform))), x)  # fmt: skip
+
+    def rebuild(network, waveform, _):
+        slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
+        return F.mse_loss(network(slices), slices)
+
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    batches = math.ceil(dictionary[0] / 64 / context)
-    batches = min(batches, math.ceil(4 * seen.sum().item() / 64))  # no clip more than four times
+    batches = math.ceil(min(dictionary[0] / context, 4 * int(seen.sum())) / 64)  # <= 4 of a clip
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
         for waveform, _ in in_background(load_more, range(batches), workers):
@@ -507,19 +515,17 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
         tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
     if dist.is_initialized():
         dist.broadcast(tokenizer.centroids, 0)  # sums on a GPU differ in their last digits
-    with torch.no_grad():
-        sequences = [tokenizer.codes(log_mel)[0].short().cpu()
-                     for log_mel in read_clips([clip[0] for clip in clips], front, workers)]
-    cut = lambda mask: nn.utils.rnn.pad_sequence(  # (n, context), -100 behind an end
-        [part for clip, use in zip(sequences, mask) if use for part in clip.split(context)],
-        batch_first=True, padding_value=-100)  # fmt: skip
-    held_out, model = cut(~seen), models["code_model"]
     predict_next = lambda network, waveform, _: next_code_loss(
         network, tokenizer.codes(front(waveform)))  # fmt: skip
     train_arm(f"{key} next code", model, predict_next, load)
-    known = count_codes(cut(seen).long(), held_out.long(), codes)
-    total = (held_out >= 0).sum().item()
+    learnt, held_out = [], []  # codes of the clips that were seen and of the others, in parts
     with torch.no_grad():
+        for log_mel, use in zip(read_clips([path for path, *_ in clips], front, workers), seen):
+            parts = tokenizer.codes(log_mel)[0].cpu().split(context)  # (context,), the last shorter
+            (learnt if use else held_out).extend(parts)
+        learnt, held_out = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
+                            for parts in (learnt, held_out))  # fmt: skip
+        known, total = count_codes(learnt, held_out, codes), (held_out >= 0).sum().item()
         known["next_code"] = sum(
             next_code_loss(model.eval(), part.to(front.mean.device)).item() / total
             * (part >= 0).sum().item() for part in held_out.split(64))  # fmt: skip
@@ -527,8 +533,8 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
 
 
 def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: list, targets: Tensor,
-             seen: Tensor, train_arm, learn, objectives: list, families: list,
-             temperature: float) -> dict:  # fmt: skip
+             seen: Tensor, train_arm, objectives: list, families: list, temperature: float,
+             sequences: int, dictionary: tuple, workers: int) -> dict:  # fmt: skip
     """Trains all arms of a seed and a split on the clips that are `seen` (N,): `models` without
     labels, `labelled` with them. Returns what is known of the codes."""
     front = models["front"]
@@ -536,8 +542,11 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
     front.mean.copy_(x.mean()), front.sd.copy_(x.std())
     view = partial(make_views, front=front, families=families)
-    contrast = lambda network, waveform, _: nt_xent(
-        *network(view(waveform.repeat(2, 1))).chunk(2), temperature)  # fmt: skip
+
+    def contrast(network, waveform, _):
+        z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (N, 128) each, of the same clips
+        return nt_xent(z1, z2, temperature)
+
     classify = lambda network, waveform, truth: F.cross_entropy(network(view(waveform)), truth)
     encoder = lambda of, head: nn.Sequential(of["encoder"], of[head])
     if "contrastive" in objectives:
@@ -546,7 +555,8 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
     if "generative" not in objectives:
         return {}
-    known = learn(key, models, load, clips=clips, seen=seen)
+    known = learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
+                        dictionary, workers)  # fmt: skip
     print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     return known
 
@@ -560,36 +570,36 @@ def read_clips(paths: list, front: FrontEnd, workers: int):
     """Yields the spectrogram (1, F, T) of each clip, repeated if it is shorter than a view."""
     read = partial(read_audio, sample_rate=SAMPLE_RATE)
     for waveform in in_background(read, paths, workers, "embed"):
-        waveform = waveform.repeat(math.ceil(WINDOW_SECONDS * SAMPLE_RATE / len(waveform)))
+        waveform = waveform.repeat(math.ceil(WINDOW / len(waveform)))
         yield front(waveform[None].to(front.mean.device))
 
 
 @torch.no_grad()
 def embed(variants: list, paths: list, workers: int) -> list[dict]:
     """For each variant of the models {name: (N, D)}, of a clip the means over windows that overlap
-    by half; and "codes", a list of (L,). Clips are read once for all variants."""
-    found, front = [{} for _ in variants], variants[0]["front"]
+    by half. Clips are read once for all variants, by the front end and tokenizer of the first."""
+    front, tokenizer = variants[0]["front"], variants[0]["tokenizer"]
+    found, size = [defaultdict(list) for _ in variants], len(tokenizer.centroids)
     for models in variants:
         models.eval()
     length, step = front.frames // 2, front.frames // 4  # of a window, in codes
     for log_mel in read_clips(paths, front, workers):  # (1, F, T)
         windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)  # (n, F, -)
+        codes = tokenizer.codes(log_mel)[0]  # (L,)
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
-            codes, size = models["tokenizer"].codes(log_mel)[0], len(models["tokenizer"].centroids)
             layers = models["code_model"].states(codes.unfold(0, length, step))
-            *means, mean = [x[:, 1:].mean((0, 1)) for x in layers]  # (n, L + 1, D) -> (D,)
-            mean_sd = torch.cat([mean, layers[-1][:, 1:].std((0, 1))])
+            *lower, last = [x[:, 1:] for x in layers]  # (n, length, D) each
+            mean_sd = torch.cat([last.mean((0, 1)), last.std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
-                   "contrastive": h, "generative": mean, "both": torch.cat([h, mean_sd]),
-                   "generative, mean + sd": mean_sd,
-                   "generative, last position": layers[-1][:, -1].mean(0),
-                   "codes": codes.short()}  # fmt: skip
-            new |= {f"generative, layer {i + 1}": x for i, x in enumerate(means)}
+                   "contrastive": h, "generative": last.mean((0, 1)),
+                   "both": torch.cat([h, mean_sd]), "generative, mean + sd": mean_sd,
+                   "generative, last position": last[:, -1].mean(0)}  # fmt: skip
+            new |= {f"generative, layer {i}": x.mean((0, 1)) for i, x in enumerate(lower, 1)}
             for name, value in new.items():
-                rows.setdefault(name, []).append(value.cpu())
-    return [{k: v if k == "codes" else torch.stack(v) for k, v in rows.items()} for rows in found]
+                rows[name].append(value.cpu())
+    return [{name: torch.stack(values) for name, values in rows.items()} for rows in found]
 
 
 def score(logits: Tensor, targets: Tensor) -> dict:
@@ -606,8 +616,9 @@ def score(logits: Tensor, targets: Tensor) -> dict:
 
 
 def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
-    """What counting knows, in nats per held-out code; sequences (n, L), -100 where none are. The
-    smoothing of the bigrams is the best for the held-out codes: in their favour."""
+    """How many codes are in use, their perplexity, and what counting knows, in nats per held-out
+    code; sequences (n, L), -100 where none are. The bigrams are smoothed in their favour: as is
+    best for the held-out codes."""
     before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
     pairs = torch.zeros(codes + 1, codes)
     pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
@@ -620,52 +631,51 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
             "bigram": min(-q.log().mean().item() for q in smooth)}
 
 
-def compare(key: str, clips: list, targets: Tensor, parts: np.ndarray, build, train_all,
+def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor, parts: np.ndarray,
             objectives: list, classes: list, workers: int, picture: Path | None):  # fmt: skip
     """All rows of a seed and a split, and what --predict needs; draws the picture, if asked to."""
-    models, random, labelled = build(), build(), build()
+    models, _, labelled = variants  # trained without labels, not trained, trained with labels
     paths = [clip[0] for clip in clips]
-    fit, test = torch.from_numpy(parts == "train"), torch.from_numpy(parts == "test")
-    seen = ~test  # pre-trained on and fitted to; the part "valid" only chooses what is kept
-    known = train_all(key, models, labelled, clips, targets, seen, objectives=objectives)
-    random["tokenizer"] = labelled["tokenizer"] = models["tokenizer"]
-    ours, chance, other = embed([models, random, labelled], paths, workers)
+    fit, valid, test = (torch.from_numpy(parts == part) for part in ("train", "valid", "test"))
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
+    if not classes:
+        return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
+    ours, chance, other = embed(variants, paths, workers)
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": chance["contrastive"], "contrastive": ours["contrastive"]}
     if "generative" in objectives:
         features["code histogram"] = ours["code histogram"]
-        for name in (name for name in ours if name.startswith("generative")):
+        for name in [name for name in ours if name.startswith("generative")]:
             features[name.replace("generative", "random Transformer")] = chance[name]
             features[name] = ours[name]
     if len(objectives) == 2:
         control = [ours["contrastive"], chance["generative, mean + sd"]]
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
-    for name, x in features.items() if classes else ():
+    for name, x in features.items():
         scale = torch.ones(x.shape[1])
         if name in ("contrastive + random Transformer", "both"):
             scale[EMBEDDING:] = SECOND_SCALE  # (D,)
-        layer, trial = (linear_probe(x[mask], targets[mask], WEIGHT_DECAY, scale=scale)
-                        for mask in (seen, fit))  # fmt: skip
+        probe = lambda use: linear_probe(x[use], targets[use], WEIGHT_DECAY, scale=scale)
+        layer = probe(fit | valid)
         rows.append({"row": name, **score(layer(x[test]), targets[test])})
         rows[-1] |= known if name == "generative" else {}
-        loss = F.cross_entropy(trial(x[seen & ~fit]), targets[seen & ~fit]).item()
-        if name.split(",")[0] in (*objectives, "both") and loss < kept["loss"]:
-            kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
-            found = layer(x[test]).argmax(1)
-    if not classes:
-        return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
-    logits = labelled["classifier"].cpu().requires_grad_(False)(other["contrastive"][test])
+        if name.split(",")[0] in (*objectives, "both"):  # the best of these is kept for --predict
+            loss = F.cross_entropy(probe(fit)(x[valid]), targets[valid]).item()
+            if loss < kept["loss"]:
+                kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
+                found = layer(x[test]).argmax(1)
+    logits = labelled["classifier"].cpu()(other["contrastive"][test])
     rows.append({"row": "supervised", **score(logits, targets[test])})
     if picture:
         i, models = test.nonzero()[0].item(), models.cpu()
-        clip, codes = models["front"](read_audio(paths[i], SAMPLE_RATE)[None]), ours["codes"][i]
+        clip = models["front"](read_audio(paths[i], SAMPLE_RATE)[None])  # (1, F, T)
+        codes = models["tokenizer"].codes(clip)[0]
         write_whole(picture, partial(
             draw, features={name: x[test] for name, x in features.items()}, found=found,
             truth=targets[test].argmax(1), classes=classes, clip=clip[0], codes=codes,
-            decoded=models["tokenizer"].decode(codes.long(), clip).detach(),
+            decoded=models["tokenizer"].decode(codes, clip).detach(),
             title=f"{kept['row']}, {key}"))  # fmt: skip
     return rows, kept
 
@@ -695,8 +705,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
     track.imshow(codes[None], aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes, a colour each")
-    counts = torch.zeros(len(classes), len(classes))
-    counts.index_put_((truth, found), torch.ones(()), accumulate=True)
+    counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
     bottom[2].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues")
     bottom[2].set(title=title, xlabel="answer", ylabel="class")
     if len(classes) <= 20:
@@ -739,28 +748,27 @@ def predict(files: list, count: int, out: Path, device, workers: int):
         make_folder(out / "samples")
         torch.manual_seed(0)
         for number, path in enumerate(map(Path, usable)):
-            name = f"{number}_{path.stem}"
-            sample(models, path, count, state["args"]["context"], out / "samples" / name)
+            sample(models, path, count, out / "samples" / f"{number}_{path.stem}")
     if not kept["row"]:
         return
     features = embed([models], usable, 0)[0][kept["row"]]
     print(f"model  {kept['row']}, {kept['key']}")
-    chances = F.linear(features, kept["probe"]["weight"], kept["probe"]["bias"]).softmax(1)
+    chances = F.linear(features, **kept["probe"]).softmax(1)
     for path, chance in zip(usable, chances):
         best = chance.argsort(descending=True)[:3]
         print(f"{path}: " + ", ".join(f"{classes[c]} {chance[c]:.2f}" for c in best))
 
 
 @torch.no_grad()
-def sample(models: nn.ModuleDict, path: Path, count: int, context: int, out: Path):
+def sample(models: nn.ModuleDict, path: Path, count: int, out: Path):
     """Lets the Transformer go on `count` times after the first `context` / 2 codes of a file, for
     twice as long: out_0.wav, out_1.wav ... and their spectrograms beside the file's, out.png."""
     from matplotlib.figure import Figure  # needs no display
 
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
     log_mel = front(read_audio(path, SAMPLE_RATE)[None].to(front.mean.device))  # (1, F, T)
-    given = tokenizer.codes(log_mel)[0, : context // 2]  # (L,)
-    codes = model.go_on(given.repeat(count, 1), context)  # (count, L + context)
+    given = tokenizer.codes(log_mel)[0, : model.context // 2]  # (L,)
+    codes = model.go_on(given.repeat(count, 1), model.context)  # (count, L + context)
     decoded = torch.stack([tokenizer.decode(row, log_mel) for row in codes])  # (count, F, T)
     for k, waveform in enumerate(to_waveform(decoded, front)):
         soundfile.write(f"{out}_{k}.wav", waveform.numpy(), SAMPLE_RATE)
@@ -795,8 +803,7 @@ def main(args: argparse.Namespace):
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
     if args.sequences % size:
         die(f"--sequences {args.sequences} cannot be shared by {size} processes")
-    out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
-    folder = Path(args.data or out / "audio")
+    out, folder = Path(args.out), Path(args.data or Path(args.out, "audio"))
     if not args.data and rank == 0:
         make_folder(folder)
         write = partial(write_sound, folder=folder)
@@ -809,35 +816,32 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     state["classes"], rows_of = classes, state.setdefault("rows", {})
-    save_first(state, checkpoint)
+    save_first(state)
     parts, table = np.array([part for *_, part in clips]), []
     folds = sorted(set(parts) - {"train", "valid", "test"})
-    splits = {f"fold {fold}": np.select([parts == fold, parts == valid], ["test", "valid"], "train")
-              for fold, valid in zip(folds[: args.folds if classes else 1], folds[1:] + folds)}
-    splits = splits or {"official split": parts}
+    splits = {} if folds else {"official split": parts}
+    for test, valid in zip(folds[: args.folds if classes else 1], folds[1:] + folds[:1]):
+        split = np.select([parts == test, parts == valid], ["test", "valid"], "train")
+        splits[f"fold {test}"] = split  # (N,), the part of each clip; the next fold is for choices
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
-                        workers=args.workers, state=state, checkpoint=checkpoint)  # fmt: skip
-    learn = partial(learn_codes, train_arm=partial(train_arm, batch_size=args.sequences),
-                    dictionary=args.dictionary, context=args.context, workers=args.workers)
-
-    train_all = partial(pretrain, train_arm=train_arm, learn=learn, families=args.views,
-                        temperature=args.temperature)
-
-    def build(seed):
-        """The models; all arms and rows of a seed start from the same weights."""
-        torch.manual_seed(random_key("weights", seed))
-        return make_models(len(classes), **vars(args)).to(device)
-
+                        workers=args.workers, state=state)  # fmt: skip
     for seed in dict.fromkeys(args.seed):
         table.append([])
         for split, parts in splits.items():
             if (key := f"seed {seed} {split}") not in rows_of:
+                torch.manual_seed(random_key("weights", seed))
+                models = make_models(len(classes), **vars(args)).to(device)
+                random, labelled = deepcopy(models), deepcopy(models)  # the same first weights
+                known = pretrain(
+                    key, models, labelled, clips, targets, torch.from_numpy(parts != "test"),
+                    train_arm, args.objectives, args.views, args.temperature, args.sequences,
+                    args.dictionary, args.workers)  # fmt: skip
                 rows_of[key], kept = compare(
-                    key, clips, targets, parts, partial(build, seed), train_all,
-                    args.objectives, classes, args.workers,
-                    None if state["kept"] else out / "sounds.png")  # fmt: skip
-                state["kept"], state["arms"] = state["kept"] or kept, {}
-                save(state, checkpoint)
+                    key, [models, random, labelled], known, clips, targets, parts, args.objectives,
+                    classes, args.workers, None if state["kept"] else out / "sounds.png")
+                state["arms"] = {}
+                state["kept"] = state["kept"] or kept  # the first split's: --predict answers by it
+                save(state)
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):
             mean = {k: float(np.mean([row[k] for row in same])) for k in same[0] if k != "row"}
             mean["clips"] = sum(row["clips"] for row in same)
