@@ -211,7 +211,7 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
                 bank = banks[k // hold % 4]
                 sound = bank[rng.integers(len(bank))]
                 onset = (k - start + swing * (k % 2)) * tick + jitter * rng.normal()  # seconds
-                at = max(0, int(sample_rate * onset))
+                at = max(0, int(sample_rate * onset))  # what began before sounds at 0
                 waveform[at : at + len(sound)] += loudness * rng.uniform(0.7, 1) * sound
     waveform = waveform[: int(seconds * sample_rate)]
     waveform = np.tanh(10 ** rng.uniform(-1.2, -0.3) * waveform / (waveform.std() + 1e-9))
@@ -551,14 +551,16 @@ class Periodicity(nn.Module):
 
 
 class TempoClassifier(nn.Module):
-    """An encoder under the paper's head of 300 classes: (B, F, T) -> logits (B, 300)."""
+    """An encoder under the paper's head of 300 classes: (B, F, T) -> logits (B, 300). The head sees
+    h less `centre` (D,), in units of `unit`: without labels, h may have grown to any size."""
 
-    def __init__(self, encoder: nn.Module, width: int):
+    def __init__(self, encoder: nn.Module, centre: Tensor, unit: float):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, CLASSES)
+        self.encoder, self.head, self.unit = encoder, nn.Linear(len(centre), CLASSES), unit
+        self.register_buffer("centre", centre, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder.embed(x))
+        return self.head((self.encoder.embed(x) - self.centre) / self.unit)
 
 
 # -----------------------------------------------------------------------------
@@ -597,7 +599,7 @@ def tempo_targets(bpm: Tensor) -> Tensor:
 
 
 def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
-          max_stretch: float, workers: int, state: dict, checkpoint: Path):  # fmt: skip
+          max_stretch: float, workers: int, state: dict):  # fmt: skip
     """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
     history, encoder = deque(maxlen=20), getattr(model, "encoder", model)  # a classifier's, or it
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
@@ -605,7 +607,7 @@ def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_si
     monitor = partial(describe, history) if encoder is model else None  # of z
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, rate, bpm), network, losses in training(
-            arm, model, optimiser, steps, batch_size, load, workers, state, checkpoint, monitor):
+            arm, model, optimiser, steps, batch_size, load, workers, state, monitor):
         output = network(encoder.views(waveform, rate))  # (2B,) or (2B, 300)
         loss = loss_of(output, rate, bpm)
         optimiser.zero_grad()
@@ -771,9 +773,9 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
 
-    def with_labels(kind, encoder):
+    def with_labels(kind, encoder, centre, unit):
         """Trains all weights on the labels of folds 1 to 4: (n,) BPM of fold 0."""
-        classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
+        classifier = TempoClassifier(encoder, centre, unit).to(next(encoder.parameters()).device)
         loss = lambda logits, rate, truth: F.cross_entropy(logits, tempo_targets(truth))
         train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
@@ -783,7 +785,8 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
     random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
-        rows[f"{name}, supervised + head, fold 0"] = with_labels("supervised", encoder)
+        rows[f"{name}, supervised + head, fold 0"] = with_labels(
+            "supervised", encoder, torch.zeros(h.shape[1]), 1.0)  # fmt: skip
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
@@ -801,7 +804,8 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             if fine_tune and known.any():
                 torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
                 row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
-                rows[row] = with_labels("fine-tuned", encoder)
+                centre = h.mean(0)
+                rows[row] = with_labels("fine-tuned", encoder, centre, (h - centre).std().item())
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     count = sum(fold >= 0 for fold in leave_out)
@@ -898,8 +902,7 @@ def main(args: argparse.Namespace):
         return predict(args.predict, args.data, args.out, device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
-    out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
-    folder = Path(args.data or out / "audio")
+    out, folder = Path(args.out), Path(args.data or Path(args.out, "audio"))
     min_seconds = args.view_seconds * args.max_stretch + 0.2
     if not args.data and rank_and_size()[0] == 0:
         make_demo(folder, args.sample_rate, max(16, math.ceil(min_seconds)), args.workers)
@@ -911,7 +914,7 @@ def main(args: argparse.Namespace):
     if not labelled:
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
         clips = [clip._replace(bpm=math.nan) for clip in clips]
-    save_first(state, checkpoint)
+    save_first(state)
     leave_out = [-1] if args.data else []  # folds of songs; -1: none
     bpm, paths = np.array([clip.bpm for clip in clips]), [clip.path for clip in clips]
     if labelled:
@@ -925,8 +928,7 @@ def main(args: argparse.Namespace):
         return make_encoder(name, **state["args"]).to(device)
 
     train_arm = partial(train, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
-                        max_stretch=args.max_stretch, workers=args.workers, state=state,
-                        checkpoint=checkpoint)  # fmt: skip
+                        max_stretch=args.max_stretch, workers=args.workers, state=state)
     table, figures = [], {}
     for seed in dict.fromkeys(args.seed):
         tempi, rows = {}, []  # of each row (n,) BPM, nan where it has none; its scores
@@ -940,7 +942,7 @@ def main(args: argparse.Namespace):
             more, figures[seed] = compare(name, seed, clips, build, train_arm, state["kept"],
                                           leave_out, args.fine_tune, args.workers)  # fmt: skip
             tempi |= more
-            save(state, checkpoint)
+            save(state)
         for row, heard in tempi.items():
             if labelled:
                 rows.append({"row": row, **accuracies(heard, bpm)})
