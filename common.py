@@ -1,4 +1,4 @@
-"""What no paper is about: audio in, log-mel front end, soft_rank, run plumbing.
+"""What the scripts share: audio in, log-mel front end, soft_rank, run plumbing.
 
 Copy this file beside the script that you read. `python common.py` measures the front end
 and soft_rank.

@@ -68,7 +68,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "lr": (1e-3, 1e-3, 1e-6, "peak learning rate of one cycle (paper: constant)"),
     "label_counts": ((200, 800), (500, 1000, 3000, 5000, 10000), (500, 1000, 3000, 5000, 10000),
                      "labelled notes, as far as the data go"),
-    "network": ("small", "small", "alexnet", "see NETWORKS"),
+    "network": ("small", "small", "alexnet", "small: convolutions over time; alexnet: the paper's"),
     "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
 }  # fmt: skip
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
@@ -230,9 +230,10 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         found = sorted(name for name, (family, _, pitch) in labels.items()
                        if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
         split = next((split for split in notes if split in file.parent.name), "train")
-        notes[split] += [Note(here[f], seconds[here[f]], *labels[f]) for f in found]
+        notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
         taken |= {here[f] for f in found} if split == "train" else set(here.values())
-        print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} more without audio")
+        if labels:
+            print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio")
     if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
         everything, notes = sum(notes.values(), []), {"train": [], "valid": [], "test": []}
@@ -245,7 +246,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         if part:
             print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
                   f"instruments, without {', '.join(absent)}")  # fmt: skip
-    held_out = lambda note: random_key("seen", note.path.stem) % 6 == 0
+    held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
     thin = lambda part: part[:: len(part) // 2000 + 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
     notes["train"] = [note for note in notes["train"] if not held_out(note)]
@@ -253,7 +254,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     if min(map(len, notes.values())) < 2:
         print("truth  no scores: these take labelled notes of several instruments")
         notes, taken = dict.fromkeys(notes, []), set()
-    notes["unlabelled"] = [Note(path, s) for path, s in seconds.items() if path not in taken]
+    notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in taken]
     if not notes["valid"]:  # every tenth, which is not trained on
         rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
         notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
@@ -587,7 +588,7 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
     left.suptitle(f"{title}: notes as they are, shuffled, put back")
     patches = model.patches(load_views(notes, model.seconds).to(model.fixed.device))  # (B, n, H, W)
-    permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # 0: none at all
+    permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # not 0 1 2 ...
     shuffled = shuffle(patches, permutation.to(patches.device))
     restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))
     grid = left.subplots(len(notes), 3, squeeze=False)

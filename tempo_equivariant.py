@@ -29,7 +29,8 @@ Differences from the paper (its body could not be had: "paper" is its released c
   a pole of the ratio.
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
   fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
-  "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
+  "fine-tuned" (its head sees h centred, at unit size), for which the demo has no time. Encoders
+  trained with labels see stretched views.
 - Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
   about half; up to 3.4 s behind a single one stay unread. Arg max of their mean; the code takes the
   slower of the two best classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
@@ -82,7 +83,7 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view
           "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
-VERSION = "tempo_equivariant 4"  # of the checkpoint's contents
+VERSION = "tempo_equivariant 5"  # of the checkpoint's contents
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 TIE = {"tcn": 0.0, "periodicity": 0.2}  # weight of the bond between tracks: paper's loss, ours
@@ -157,7 +158,7 @@ def notes(banks: list, seconds: float, rng, sample_rate: int) -> list[list[np.nd
 
 
 def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
-    """A random piece at `bpm`: beats in a bar, ticks in a beat, and its parts, drums, bass, chords
+    """A random piece at `bpm`: ticks in a bar, ticks in a beat, and its parts, drums, bass, chords
     and melody, some of them silent: the loudness at each tick of two bars, and the sounds to choose
     from under each of four chords."""
     beats, ticks = rng.choice([4] * 8 + [3]), rng.choice([4] * 15 + [3])  # in a bar, in a beat
@@ -196,8 +197,8 @@ def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
 
 
 def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
-    """Music at `bpm`, (S,) float32: straight, swung or ternary, in 4 or in 3, with late and
-    missing notes, compression and noise."""
+    """Music at `bpm`, (S,) float32: straight, swung or ternary, in 4 or in 3, with early,
+    late and missing notes, compression and noise."""
     bar, ticks, parts = arrange(bpm, rng, sample_rate)
     tick = 60 / bpm / ticks  # seconds
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
@@ -279,7 +280,7 @@ def read_truth(path: Path) -> list[tuple]:
         rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
         if {"file", "bpm"} <= set(rows.fieldnames):
-            return [(r["file"] or "", (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
+            return [((r["file"] or "").strip(), (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
                      r.get("song") or r.get("origin") or "") for r in rows]  # fmt: skip
     return []  # a table of something else
 
@@ -723,7 +724,7 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, K) scores on BPM_AXIS -> (n,) BPM, second candidates, shares of the first: times the
-    prior, arg max, refined by a parabola through the logarithms; the second is 0.3 octaves off."""
+    prior, arg max, refined by a parabola through the logarithms; the second is 0.3 octaves away."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
@@ -804,8 +805,10 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             if fine_tune and known.any():
                 torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
                 row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
-                centre = h.mean(0)
-                rows[row] = with_labels("fine-tuned", encoder, centre, (h - centre).std().item())
+                heard_h = h[torch.tensor(heard)[clip]]  # not of the songs left out
+                centre = heard_h.mean(0)
+                unit = max((heard_h - centre).std().item(), 1e-6)
+                rows[row] = with_labels("fine-tuned", encoder, centre, unit)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     count = sum(fold >= 0 for fold in leave_out)

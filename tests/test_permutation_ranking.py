@@ -273,7 +273,7 @@ def test_a_note_is_the_same_every_time_and_has_its_pitch(tmp_path):
 def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folder, capsys):
     notes, out = P.load_notes(folder, 0), capsys.readouterr().out
     assert "not audio" not in out and "silent" in out and out.count("skip") == 2
-    assert "51 notes; 3 more without audio" in out and "without synth_lead, vocal" in out
+    assert "51 notes; 3 have no audio" in out and "without synth_lead, vocal" in out
     assert {k: len(v) for k, v in notes.items() if k in ("valid", "unseen", "unlabelled")} == {
         "valid": 10,
         "unseen": 20,
@@ -443,6 +443,9 @@ def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatc
         for name in [*labels, f"{split}-unlabelled"]:
             (audio / f"{name}.wav").touch()
         (audio.parent / "examples.json").write_text(json.dumps(labels))
+    (tmp_path / "nsynth-test, broken").mkdir()
+    (tmp_path / "nsynth-test, broken/examples.json").write_text("{")
+    (tmp_path / "nsynth-test, broken/a.wav").touch()
     notes = P.load_notes(tmp_path, 0)
     heard = {Path(n.path).parent.parent.name for n in notes["train"] + notes["unlabelled"]}
     assert heard == {"nsynth-train"} and 1000 < len(notes["valid"]) <= 2000
