@@ -29,8 +29,7 @@ Differences from the paper (its body could not be had: "paper" is its released c
   a pole of the ratio.
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
   fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
-  "fine-tuned" (its head sees h centred, at unit size), for which the demo has no time. Encoders
-  trained with labels see stretched views.
+  "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
 - Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
   about half; up to 3.4 s behind a single one stay unread. Arg max of their mean; the code takes the
   slower of the two best classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
@@ -83,7 +82,7 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view
           "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
-VERSION = "tempo_equivariant 5"  # of the checkpoint's contents
+VERSION = "tempo_equivariant 4"  # of the checkpoint's contents
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 TIE = {"tcn": 0.0, "periodicity": 0.2}  # weight of the bond between tracks: paper's loss, ours
@@ -552,16 +551,14 @@ class Periodicity(nn.Module):
 
 
 class TempoClassifier(nn.Module):
-    """An encoder under the paper's head of 300 classes: (B, F, T) -> logits (B, 300). The head sees
-    h less `centre` (D,), in units of `unit`: without labels, h may have grown to any size."""
+    """An encoder under the paper's head of 300 classes: (B, F, T) -> logits (B, 300)."""
 
-    def __init__(self, encoder: nn.Module, centre: Tensor, unit: float):
+    def __init__(self, encoder: nn.Module, width: int):
         super().__init__()
-        self.encoder, self.head, self.unit = encoder, nn.Linear(len(centre), CLASSES), unit
-        self.register_buffer("centre", centre, persistent=False)
+        self.encoder, self.head = encoder, nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head((self.encoder.embed(x) - self.centre) / self.unit)
+        return self.head(self.encoder.embed(x))
 
 
 # -----------------------------------------------------------------------------
@@ -774,9 +771,9 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
 
-    def with_labels(kind, encoder, centre, unit):
+    def with_labels(kind, encoder):
         """Trains all weights on the labels of folds 1 to 4: (n,) BPM of fold 0."""
-        classifier = TempoClassifier(encoder, centre, unit).to(next(encoder.parameters()).device)
+        classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         loss = lambda logits, rate, truth: F.cross_entropy(logits, tempo_targets(truth))
         train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
@@ -786,8 +783,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
     random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
-        rows[f"{name}, supervised + head, fold 0"] = with_labels(
-            "supervised", encoder, torch.zeros(h.shape[1]), 1.0)  # fmt: skip
+        rows[f"{name}, supervised + head, fold 0"] = with_labels("supervised", encoder)
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
@@ -805,10 +801,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             if fine_tune and known.any():
                 torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
                 row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
-                heard_h = h[torch.tensor(heard)[clip]]  # not of the songs left out
-                centre = heard_h.mean(0)
-                unit = max((heard_h - centre).std().item(), 1e-6)
-                rows[row] = with_labels("fine-tuned", encoder, centre, unit)
+                rows[row] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     count = sum(fold >= 0 for fold in leave_out)
