@@ -8,9 +8,9 @@ by the same linear layer, beside random encoders and the encoder trained with la
 
 Measured (demo: 1 120 generated clips, 224 held out, 3 seeds; accuracy): contrastive .921 ± .018,
 generative .583 ± .036, both .926, supervised .897; random encoders .768 ± .044, .485 ± .020; mel
-statistics .653. ESC-10, five folds, 3 seeds: contrastive .883 ± .007, generative .712 ± .011, both
-.888 ± .003, supervised .877 ± .013, mel .808. The paper's order did not come back: its generative
-row beats its contrastive one.
+statistics .653. ESC-10, five folds, 3 seeds: contrastive .883 ± .007, generative .712 ± .011,
+both .888 ± .003, supervised .877 ± .013, mel .808. The paper's order did not come back: its
+generative row beats its contrastive one.
 
     python contrastive_generative.py                            demo: makes its own sounds
     python contrastive_generative.py --data ./ESC-50 --subset esc10
@@ -498,6 +498,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
     load = partial(load, excerpt=excerpt)
 
     def rebuild(network, waveform, _):
+        """The autoencoder's loss, of (B, S) excerpts."""
         slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
         return F.mse_loss(network(slices), slices)
 
@@ -544,6 +545,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     view = partial(make_views, front=front, families=families)
 
     def contrast(network, waveform, _):
+        """The contrastive loss, of two views of each of the (N, S) excerpts."""
         z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (N, 128) each, of the same clips
         return nt_xent(z1, z2, temperature)
 
