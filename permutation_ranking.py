@@ -588,7 +588,7 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
     left.suptitle(f"{title}: notes as they are, shuffled, put back")
     patches = model.patches(load_views(notes, model.seconds).to(model.fixed.device))  # (B, n, H, W)
-    permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # not 0 1 2 ...
+    permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # 0 may be in order
     shuffled = shuffle(patches, permutation.to(patches.device))
     restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))
     grid = left.subplots(len(notes), 3, squeeze=False)

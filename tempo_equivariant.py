@@ -721,7 +721,7 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, K) scores on BPM_AXIS -> (n,) BPM, second candidates, shares of the first: times the
-    prior, arg max, refined by a parabola through the logarithms; the second is 0.3 octaves away."""
+    prior, arg max, refined by a parabola through logarithms; the second is over 0.3 octaves off."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
