@@ -66,7 +66,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
-    "batch_size": (64, 64, 256, "N: clips in a step, two views of each"),
+    "batch_size": (48, 64, 256, "N: clips in a step, two views of each"),
     "sequences": (64, 32, 64, "the same in the generative half, if no --batch-size is given"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),

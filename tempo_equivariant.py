@@ -23,7 +23,8 @@ Differences from the paper (its body could not be had: "paper" is its released c
   as in the released model (no pitch shift, volume, polarity, noise or frequency mask).
 - Variance-keeping initialisation of the TCN: with PyTorch's, even labels taught it nothing in 250
   steps. Flux views, a frequency mask and 1000 steps did not lift its frozen h above random either.
-- The TCN sees 20 bands at 25 frames/s by default (81 at 100), to end in minutes.
+- The TCN sees 20 bands at 25 frames/s by default (81 at 100), of audio at 22 kHz (44.1), to
+  end in minutes.
 - Both views in one forward pass: the batch norm of the input sees both.
 - AdamW (weight decay 1e-4), one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is
   a pole of the ratio.
@@ -31,8 +32,8 @@ Differences from the paper (its body could not be had: "paper" is its released c
   fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
   "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
 - Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
-  about half; up to 3.4 s behind a single one stay unread. Arg max of their mean; the code takes the
-  slower of the two best classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
+  half or so, none is dropped. Arg max of their mean; the code takes the slower of the two best
+  classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
 - Ours beside it: the periodicity encoder on flux views, with a weak bond between tracks (`TIE`),
   and the label-free read-out: one constant from drum loops, its octave and a prior about 120 BPM.
 
@@ -66,7 +67,7 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
-    "steps": (250, 800, 6460, "optimiser steps of every trained arm"),
+    "steps": (220, 800, 6460, "optimiser steps of every trained arm"),
     "batch_size": (16, 16, 32, "pairs of views in a step"),
     "lr": (3e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
     "view_seconds": (8.0, 9.6, 13.6, "length of a view"),
@@ -203,17 +204,17 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
     jitter, skip, hold = rng.uniform(0, 0.008), rng.uniform(0, 0.08), bar * rng.choice([1, 2])
     start = rng.integers(4 * bar) + rng.random()  # the clip is cut out of a longer piece
-    waveform = np.zeros(int(sample_rate * (seconds + 4)))
-    for k in range(int(start), int(start + seconds / tick) + 1):
+    waveform = np.zeros(int(sample_rate * (seconds + 4)))  # from a second before the clip on
+    for k in range(math.ceil(start - 1 / tick), int(start + seconds / tick) + 1):
         for pattern, banks in parts:
             loudness = pattern[k % (2 * bar)]
             if loudness > 0 and rng.random() > skip:
                 bank = banks[k // hold % 4]
                 sound = bank[rng.integers(len(bank))]
                 onset = (k - start + swing * (k % 2)) * tick + jitter * rng.normal()  # seconds
-                at = max(0, int(sample_rate * onset))  # what began before sounds at 0
+                at = max(0, int(sample_rate * (1 + onset)))
                 waveform[at : at + len(sound)] += loudness * rng.uniform(0.7, 1) * sound
-    waveform = waveform[: int(seconds * sample_rate)]
+    waveform = waveform[sample_rate:][: round(seconds * sample_rate)]
     waveform = np.tanh(10 ** rng.uniform(-1.2, -0.3) * waveform / (waveform.std() + 1e-9))
     waveform = 0.8 * waveform / (np.abs(waveform).max() + 1e-9)
     noise = 10 ** rng.uniform(-4, -1.6) * rng.standard_normal(len(waveform))
@@ -255,7 +256,8 @@ def track_key(name: str) -> str:
 
 def read_truth(path: Path) -> list[tuple]:
     """(track name, BPM, song or '') of each track in an annotation file; [] if it is none."""
-    text, kind = path.read_text(encoding="utf-8-sig", errors="replace"), path.suffix.lower()
+    data, kind = path.read_bytes(), path.suffix.lower()
+    text = data.decode(json.detect_encoding(data), "replace")  # UTF-8, or a UTF-16 of Windows
     gap = lambda times: np.median(np.diff(np.array(times, float))) if times[1:] else 0
     beat_tempo = lambda times: 60 / gap(times) if gap(times) else 0
     if kind == ".bpm":  # the first token
@@ -384,7 +386,7 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
         (B, samples); at rate 1 the waveform itself, later by the overlap.
     """
     coarse = round(sample_rate / 5500)
-    low = F.avg_pool1d(waveform, coarse)  # (B, S / coarse): what the search looks at
+    low = waveform.unfold(1, coarse, coarse).mean(2)  # (B, S / coarse): what the search looks at
     segment = round(0.082 * sample_rate / coarse)  # lengths in its samples up to `starts`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
@@ -394,7 +396,7 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     for k in range(1, len(steps)):  # over segments: each continues the one before
         last = low.gather(1, starts[-1][:, None] + hop + span[:overlap])  # (B, overlap), its end
         near = low.gather(1, wanted[:, k, None] + span).unfold(1, overlap, 1)  # (B, search, -)
-        distance = near.square().sum(2) - 2 * (near @ last[:, :, None])[:, :, 0]  # + last^2
+        distance = (near - last[:, None]).square().sum(2)  # (B, search)
         starts.append(wanted[:, k] + distance.argmin(1))
     segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
     clip, starts = torch.arange(len(rate), device=rate.device), torch.stack(starts, 1) * coarse
@@ -646,10 +648,10 @@ def accuracies(estimates, bpm) -> dict:
 
 
 def load_windows(path: str, sample_rate: int) -> Tensor:
-    """A whole file as (-, S) windows of 13.6 s, about half overlapping; a shorter file is one."""
+    """A whole file as (-, S) windows of 13.6 s, overlapping by half or so; a shorter file is one."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     spare = max(0, len(waveform) - size)
-    starts = np.linspace(0, spare, round(2 * spare / size) + 1).astype(int)
+    starts = np.linspace(0, spare, 1 + max(round(2 * spare / size), spare > 0)).astype(int)
     return torch.stack([waveform[s : s + size] for s in starts])
 
 
@@ -901,7 +903,7 @@ def main(args: argparse.Namespace):
     out, folder = Path(args.out), Path(args.data or Path(args.out, "audio"))
     min_seconds = args.view_seconds * args.max_stretch + 0.2
     if not args.data and rank_and_size()[0] == 0:
-        make_demo(folder, args.sample_rate, max(16, math.ceil(min_seconds)), args.workers)
+        make_demo(folder, args.sample_rate, max(WINDOW_SECONDS, min_seconds), args.workers)
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's audio
     clips = load_clips(folder, args.sample_rate, min_seconds, args.workers)

@@ -301,9 +301,10 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
     audio = tmp_path / "blues" / "blues.00000.wav"
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text(text)
-    truth = tempo.find_truth(tmp_path, [audio])
-    assert list(truth) == [audio] and truth[audio][0] == pytest.approx(bpm)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / name).write_text(text, encoding)
+        truth = tempo.find_truth(tmp_path, [audio])
+        assert list(truth) == [audio] and truth[audio][0] == pytest.approx(bpm)
 
 
 def test_the_better_kind_of_annotation_wins_and_the_line_counts_what_did_not_fit(tmp_path, capsys):
@@ -373,6 +374,16 @@ def test_a_generated_track_has_its_tempo_and_is_the_same_every_time(tmp_path):
     tempo.write_track(3, tmp_path, 2 * RATE)
     tempo.write_track(3, tmp_path, RATE)  # whatever was there
     assert before == (tmp_path / "track0003.wav").read_bytes()
+
+
+def test_the_windows_of_a_file_leave_no_sample_out_whatever_its_length(tmp_path):
+    size = round(tempo.WINDOW_SECONDS * RATE)
+    for samples in (size - 9, size, size + 1, size + size // 5, 2 * size - 1, 5 * size + 7):
+        ramp = (np.arange(samples) / 2**24).astype("float32")  # every sample is another
+        soundfile.write(tmp_path / "x.wav", ramp, RATE, subtype="FLOAT")
+        windows = tempo.load_windows(tmp_path / "x.wav", RATE)
+        assert windows.shape[1] == min(size, samples) and len(windows) <= 1 + 2 * samples / size
+        assert len(windows.unique()) == samples
 
 
 def test_embedding_many_files_keeps_no_more_than_a_batch_of_them_in_memory(monkeypatch):
