@@ -10,9 +10,9 @@ or name one of 100 fixed permutations (classification). The frozen encoder is th
 3-layer MLP that learns family, instrument and pitch from few labels.
 
 Measured (demo: 848 generated training notes, 800 labelled, 3 seeds, one thread; family accuracy
-and pitch error in semitones squared on unseen instruments): fenchel_young .395 ± .031,
-14.7 ± 1.5; soft_rank .378 ± .017, 13.6 ± 1.7; mse .386, 13.1; classification .332 ± .015,
-17.0 ± 1.4; random encoder .342 ± .019, 27.2 ± 3.0; supervised .374, 8.9; statistics .286, 48.
+and pitch error in semitones squared on unseen instruments): fenchel_young .383 ± .034,
+13.5 ± 2.0; soft_rank .387 ± .003, 13.6 ± 2.0; mse .380, 12.9; classification .328 ± .005,
+17.4 ± 1.4; random encoder .342 ± .019, 27.2 ± 3.0; supervised .360, 9.4; statistics .286, 48.
 
     python permutation_ranking.py                        demo: makes its own notes
     python permutation_ranking.py --data ./nsynth        NSynth; other audio pre-trains
