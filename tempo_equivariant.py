@@ -647,7 +647,7 @@ def accuracies(estimates, bpm) -> dict:
 
 
 def load_windows(path: str, sample_rate: int) -> Tensor:
-    """A whole file as (-, S) windows of 13.6 s that overlap by half; a shorter file is one."""
+    """A whole file in overlapping windows of 13.6 s, (-, S); a shorter file is one of them."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     spare = max(0, len(waveform) - size)
     starts = np.linspace(0, spare, 1 + max(round(2 * spare / size), spare > 0)).astype(int)
