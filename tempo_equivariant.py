@@ -650,7 +650,8 @@ def load_windows(path: str, sample_rate: int) -> Tensor:
     """A whole file in overlapping windows of 13.6 s, (-, S); a shorter file is one of them."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     spare = max(0, len(waveform) - size)
-    starts = np.linspace(0, spare, 1 + max(round(2 * spare / size), spare > 0)).astype(int)
+    more = max(round(2 * spare / size), spare > 0)  # at least one where a single one leaves a rest
+    starts = np.linspace(0, spare, 1 + more).astype(int)
     return torch.stack([waveform[s : s + size] for s in starts])
 
 
