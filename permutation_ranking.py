@@ -367,9 +367,9 @@ class ContextFreeNetwork(nn.Module):
         if not outputs:
             nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
 
-    def patches(self, waveform: Tensor) -> Tensor:
-        """(B, S) -> (B, n, H, W), in order."""
-        return cut(F.avg_pool1d(self.front_end(waveform), self.averaged), *self.grid)
+    def patches(self, frames: Tensor) -> Tensor:
+        """(B, F, T) of the front end -> (B, n, H, W), in order."""
+        return cut(F.avg_pool1d(frames, self.averaged), *self.grid)
 
     def embed(self, patches: Tensor, layer: str) -> Tensor:
         """(B, n, H, W) -> (B, D): the features of the "patches", or the "joint" layer's."""
@@ -444,7 +444,7 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, ste
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, permutation, *labels), network, losses in training(
             arm, model, optimiser, steps, batch_size, load, workers, state):  # fmt: skip
-        patches = model.patches(waveform)  # (B, n, H, W)
+        patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
         loss = loss_of(output, permutation + 1.0, *labels)
         optimiser.zero_grad()
@@ -468,7 +468,8 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
     batches = [range(len(notes))[i : i + 32] for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
         waveform, permutation, choice, *_ = (part.to(model.fixed.device) for part in batch)
-        output = model.eval()(shuffle(model.patches(waveform), permutation)).detach()
+        patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
+        output = model.eval()(shuffle(patches, permutation)).detach()
         loss = loss_of(output.requires_grad_(), permutation + 1.0, choice)
         grad = torch.autograd.grad(loss, output)[0]
         found = model.order(output)
@@ -482,19 +483,23 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
 def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
     deviation of the log spectrum over time; as "chance" a constant."""
-    features = {name: [] for name in ("chance", "statistics", *models)}
+    features, first = {}, 0
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
     load = partial(load_views, seconds=min(4.0, 2 * some.seconds))
     for waveform in in_background(load, batches, workers, "embed"):
         waveform = waveform.to(some.fixed.device)
         frames = some.front_end(waveform)  # (B, F, T)
-        features["chance"].append(torch.zeros(len(waveform), 1))
-        features["statistics"].append(torch.cat([frames.mean(2), frames.std(2)], 1).cpu())
+        new = {"chance": torch.zeros(len(waveform), 1),
+               "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}  # fmt: skip
         for name, model in models.items():
-            part = model.eval().embed(model.patches(waveform), model.embedding)
-            features[name].append(part.cpu())
-    return {name: torch.cat(parts) for name, parts in features.items()}
+            new[name] = model.eval().embed(model.patches(frames), model.embedding)
+        for name, part in new.items():
+            if not first:  # in one piece: small ones between the large tensors would tie up memory
+                features[name] = torch.empty(len(notes), part.shape[1])
+            features[name][first : first + len(part)] = part
+        first += len(waveform)
+    return features
 
 
 def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
@@ -561,21 +566,20 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
     labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
                                    for note in part]) for split, part in parts.items()}  # fmt: skip
     rows, kept = [], {}
-    for count in counts:
-        for name in x["train"]:
-            row = name.removesuffix(f", {count} labels")  # that of the supervised network
-            if row.endswith(" labels"):  # supervised by another count
-                continue
-            torch.manual_seed(random_key("heads", seed))
-            mine = {split: features[name] for split, features in x.items()}
-            metrics, heads, error = score(mine, labels, count, hidden, len(players))
-            rows += [{"row": f"{row}, {count} labels, {split}", **values,
-                      **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
-                     for split, values in metrics.items()]  # fmt: skip
-            if name in pretext and error < kept.get("error", math.inf):
-                size = (*models[name].grid, len(models[name].fixed))
-                kept = {"arm": f"{name}, seed {seed}", "error": error, "size": size,
-                        "heads": heads.state_dict()}  # fmt: skip
+    scored = [(count, name) for count in counts for name in x["train"]
+              if name.endswith(f", {count} labels") or not name.endswith(" labels")]  # supervised
+    for count, name in in_background(tuple, scored, 0, "score"):  # a line every 20 s
+        row = name.removesuffix(f", {count} labels")
+        torch.manual_seed(random_key("heads", seed))
+        mine = {split: features[name] for split, features in x.items()}
+        metrics, heads, error = score(mine, labels, count, hidden, len(players))
+        rows += [{"row": f"{row}, {count} labels, {split}", **values,
+                  **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
+                 for split, values in metrics.items()]  # fmt: skip
+        if name in pretext and error < kept.get("error", math.inf):
+            size = (*models[name].grid, len(models[name].fixed))
+            kept = {"arm": f"{name}, seed {seed}", "error": error, "size": size,
+                    "heads": heads.state_dict()}  # fmt: skip
     return rows, kept
 
 
@@ -587,7 +591,8 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     picture = Figure(figsize=(13, 6), layout="constrained")
     left, right = picture.subfigures(1, 2, width_ratios=(1.2, 1))
     left.suptitle(f"{title}: notes as they are, shuffled, put back")
-    patches = model.patches(load_views(notes, model.seconds).to(model.fixed.device))  # (B, n, H, W)
+    waveform = load_views(notes, model.seconds).to(model.fixed.device)  # (B, S)
+    patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
     permutation = distant_permutations(1 + len(patches), patches.shape[1])[1:]  # 0 may be in order
     shuffled = shuffle(patches, permutation.to(patches.device))
     restored = shuffle(shuffled, model.order(model(shuffled)).argsort(1))

@@ -139,7 +139,7 @@ def test_the_networks_take_every_number_of_patches_in_both_directions():
     for n in (2, 4, 7, 10, 13):
         for grid in ((n, 1), (1, min(n, 12)), (3, 3)):
             model = P.ContextFreeNetwork("small", *grid)
-            patches = model.patches(torch.randn(2, 16000))
+            patches = model.patches(model.front_end(torch.randn(2, 16000)))
             assert model(patches).shape == (2, math.prod(grid))
             assert model.embed(patches, "patches").shape == (2, 64 * math.prod(grid))
 
@@ -149,7 +149,7 @@ def test_the_papers_network_has_its_widths_and_learns_from_a_step():
     model = P.ContextFreeNetwork(
         "alexnet", 12, 1, 5
     ).eval()  # stock AlexNet collapses from 8 bands up
-    patches, choice = model.patches(torch.randn(2, 64000)), torch.tensor([1, 3])
+    patches, choice = model.patches(model.front_end(torch.randn(2, 64000))), torch.tensor([1, 3])
     assert (
         model.embed(patches, model.embedding).shape == (2, 4096)
         and model.joint.in_features == 12 * 1024
@@ -165,7 +165,7 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
 ):
     torch.manual_seed(0)
     model = P.ContextFreeNetwork("small", 10, 1).eval()
-    patches = model.patches(torch.randn(32, 16000))
+    patches = model.patches(model.front_end(torch.randn(32, 16000)))
     other = patches.clone()
     other[:, 3] = torch.randn_like(other[:, 3])
     change = (
@@ -196,9 +196,9 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
     ratios, loading = [], []
     for _ in range(5):  # interleaved, with the spectrogram, the loss and the optimiser
         times = [time.perf_counter()]
-        model.patches(waveform), step(loop())
+        model.patches(model.front_end(waveform)), step(loop())
         times.append(time.perf_counter())
-        step(model(model.patches(waveform)))
+        step(model(model.patches(model.front_end(waveform))))
         times.append(time.perf_counter())
         P.load_batch(0, range(32), "arm", notes, 1.0, model.fixed)
         theirs, ours, load = np.diff([*times, time.perf_counter()])
@@ -509,6 +509,22 @@ def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
         result.stdout.count("soft_rank 1x4, 20 labels, unseen") == 1
         and (tmp_path / "results.json").exists()
     )
+
+
+def test_embedding_more_notes_takes_hardly_more_memory():
+    """Small results that tie up what large tensors leave would take 20 MB for each 32 notes."""
+    code = """import resource, torch, common, permutation_ranking as script
+common.start_run("cpu")
+script.load_views = lambda notes, seconds: torch.randn(len(notes), 32000)
+models = {k: script.ContextFreeNetwork("small", 10, 1) for k in range(4)}
+for notes in (96, 768):
+    script.embed(models, [None] * notes, 0)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    few, many = map(int, result.stdout.split())  # MB
+    assert many - few < 100, result.stdout
 
 
 def test_importing_the_script_trains_nothing(tmp_path):
