@@ -72,7 +72,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
     "folds": (1, 5, 5, "folds, of 5, that are tested in turn"),
-    "context": (48, 64, 512, "codes that the Transformer sees (demo: 1.9 s, its clips have 2)"),
+    "context": (48, 64, 512, "codes that the Transformer sees, or those of the longest clip"),
     "transformer": ((2, 128, 4), (2, 128, 4), (6, 256, 8), "its blocks, width and heads"),
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
@@ -493,8 +493,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
     context, vectors = model.context, []
-    longest = max(seconds for _, seconds, *_ in clips)  # more of an excerpt would only repeat it
-    excerpt = min(2 * context * front.spectrogram.hop_length / SAMPLE_RATE, longest)
+    excerpt = 2 * context * front.spectrogram.hop_length / SAMPLE_RATE  # seconds
     load = partial(load, excerpt=excerpt)
 
     def rebuild(network, waveform, _):
@@ -655,7 +654,7 @@ def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor,
         control = [ours["contrastive"], chance["generative, mean + sd"]]
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
-    for name, x in features.items():
+    for name, x in in_background(tuple, list(features.items()), 0, "probe"):  # a line every 20 s
         scale = torch.ones(x.shape[1])
         if name in ("contrastive + random Transformer", "both"):
             scale[EMBEDDING:] = SECOND_SCALE  # (D,)
@@ -817,6 +816,9 @@ def main(args: argparse.Namespace):
     classes = sorted({name for clip in clips for name in clip[2]})
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
+    longest = max(WINDOW, SAMPLE_RATE * max(seconds for _, seconds, *_ in clips))  # samples
+    args.context = min(args.context, int(longest / args.hop_length) // 2)  # all places are trained
+    state["args"]["context"] = args.context
     state["classes"], rows_of = classes, state.setdefault("rows", {})
     save_first(state)
     parts, table = np.array([part for *_, part in clips]), []

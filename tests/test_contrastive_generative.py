@@ -533,6 +533,8 @@ def test_a_folder_without_classes_pre_trains_and_says_that_it_cannot_score(tmp_p
     ]
     assert "fold 2" not in result.stdout  # nothing would come of it
     assert run("--out", tmp_path, "--predict", tmp_path / "flat" / "1.wav").returncode == 2
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["kept"]
+    assert len(kept["models"]["code_model.place.weight"]) == 30 + 1  # 1.2 s, no place untrained
 
 
 def test_importing_the_script_trains_nothing(tmp_path):
