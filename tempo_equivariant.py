@@ -8,9 +8,9 @@ a constant z has the wrong ratio. A head of 300 classes, or one constant from dr
 
 Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2): periodicity label-free on
 songs left out .875/.975; a head on its frozen h, by cross-validation, .908/.981, on a random one
-.828/.942; autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on
+.828/.943; autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on
 songs left out, autocorrelation .620/.796 there. The paper's TCN: z follows the stretch, as onset
-density does, and not the tempo; its frozen h is no better than a random one (.131 and .224).
+density does, and not the tempo; its frozen h is no better than a random one (.132 and .228).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
@@ -353,22 +353,22 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
     """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it:
     (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views then the second; (2B,) BPM
     of these views, nan where unknown."""
-    columns, samples = [], round(seconds * sample_rate)
-    for item in items:
+    waveform, views = torch.zeros(len(items), round(seconds * sample_rate)), []  # (B, S)
+    for row, item in zip(waveform, items):
         rng = np.random.default_rng(random_key(arm, step, item))
         clip = clips[rng.integers(len(clips))]
         start = rng.uniform(0, max(0, clip.seconds - seconds))
-        waveform = read_audio(clip.path, sample_rate, start, seconds)[:samples]
-        waveform = F.pad(waveform, (0, samples - len(waveform)))  # rounding: a few at most
+        excerpt = read_audio(clip.path, sample_rate, start, seconds)[: len(row)]
+        row[: len(excerpt)] = excerpt  # by rounding a few samples short at most
         rate = torch.tensor(np.exp(rng.uniform(-1, 1, 2) * math.log(max_stretch))).float()
-        columns.append((waveform, rate, clip.bpm * rate))
-    waveform, rate, bpm = (torch.stack(column) for column in zip(*columns))  # (B, S), (B, 2) twice
-    return waveform, rate.T.flatten(), bpm.T.flatten()
+        views.append((rate, clip.bpm * rate))
+    rate, bpm = (torch.stack(column).T.flatten() for column in zip(*views))  # (B, 2) -> (2B,)
+    return waveform, rate, bpm
 
 
 # -----------------------------------------------------------------------------
 # Stretch without a leak: more is read than a view needs, and cropped; nothing is padded.
-# Letters: B clips, S samples, T frames, a stretch rate (above 1 is faster).
+# Letters: B clips, V views, S samples, T frames, a stretch rate (above 1 is faster).
 
 
 def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Tensor:
@@ -380,26 +380,30 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     one best (least squares, searched at about 5.5 kHz).
 
     Args:
-        waveform: (B, S), S >= samples * rate + 0.2 s. rate: (B,). samples: length wanted.
+        waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,), V a multiple of B: view v is of
+            clip v mod B. samples: length wanted.
     Returns:
-        (B, samples); at rate 1 the waveform itself, later by the overlap.
+        (V, samples); at rate 1 the waveform itself, later by the overlap.
     """
+    clip = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,)
     coarse = round(sample_rate / 5500)
-    low = waveform.unfold(1, coarse, coarse).mean(2)  # (B, S / coarse): what the search looks at
+    low = waveform.unfold(1, coarse, coarse).mean(2)[clip]  # (V, S / coarse): for the search
     segment = round(0.082 * sample_rate / coarse)  # lengths in its samples up to `starts`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
     steps = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
     wanted = (rate[:, None] * hop * steps).long().clamp(max=low.shape[1] - segment - search)
-    starts, span = [wanted[:, 0]], torch.arange(search + overlap - 1, device=rate.device)
+    span = torch.arange(search + overlap - 1, device=rate.device)
+    near = low.gather(1, (wanted[:, :, None] + span).flatten(1))  # around each segment's beginning
+    near = near.unflatten(1, (-1, len(span))).unfold(2, overlap, 1)  # (V, count, search, overlap)
+    starts, end = [wanted[:, 0]], hop + span[:overlap]
     for k in range(1, len(steps)):  # over segments: each continues the one before
-        last = low.gather(1, starts[-1][:, None] + hop + span[:overlap])  # (B, overlap), its end
-        near = low.gather(1, wanted[:, k, None] + span).unfold(1, overlap, 1)  # (B, search, -)
-        distance = (near - last[:, None]).square().sum(2)  # (B, search)
+        last = low.gather(1, starts[-1][:, None] + end)  # (V, overlap)
+        distance = (near[:, k] - last[:, None]).square_().sum(2)  # (V, search)
         starts.append(wanted[:, k] + distance.argmin(1))
     segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
-    clip, starts = torch.arange(len(rate), device=rate.device), torch.stack(starts, 1) * coarse
-    pieces = waveform.unfold(1, segment, 1)[clip[:, None], starts]  # (B, count, segment)
+    starts = torch.stack(starts, 1) * coarse  # (V, count)
+    pieces = waveform.unfold(1, segment, 1)[clip[:, None], starts]  # (V, count, segment)
     fade_in = (torch.arange(overlap, device=rate.device) + 0.5) / overlap
     pieces[:, 1:, :overlap] *= fade_in  # the beginning of the first is cropped
     pieces[:, 1:, :overlap] += (1 - fade_in) * pieces[:, :-1, hop:]
@@ -461,7 +465,7 @@ class TCN(nn.Module):
         """(B, S), (2B,) rates -> (2B, F, T) views, stretched by WSOLA; with no rates (B, F, T)."""
         if rate is not None:
             samples = int(self.seconds * self.sample_rate)
-            waveform = wsola(waveform.repeat(2, 1), rate, self.sample_rate, samples)
+            waveform = wsola(waveform, rate, self.sample_rate, samples)
         return self.log_mel(waveform)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -660,11 +664,16 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     """h (N, D) of the windows of all files, on the CPU, by the model in eval mode; clip (N,)."""
     model.eval()
     load = partial(load_windows, sample_rate=model.sample_rate)
-    device, h, clip = next(model.parameters()).device, [], []
+    device, h, clip, batch = next(model.parameters()).device, [], [], []
+    answer = lambda: model.embed(model.views(torch.stack(batch).to(device))).cpu()
     for number, windows in enumerate(in_background(load, paths, workers, "embed")):
-        h += [model.embed(model.views(part.to(device))).cpu() for part in windows.split(32)]
-        clip += [number] * len(windows)
-    return torch.cat(h), torch.tensor(clip)
+        for window in windows:  # up to 32 of one length at a time
+            if len(batch) == 32 or batch and len(batch[0]) != len(window):
+                h.append(answer())
+                batch.clear()
+            batch.append(window)
+            clip.append(number)
+    return torch.cat([*h, answer()]), torch.tensor(clip)
 
 
 def mean_of_clips(scores: Tensor, clip: Tensor) -> Tensor:

@@ -139,6 +139,8 @@ def test_wsola_at_rate_one_is_the_waveform_and_clips_do_not_mix():
     both = tempo.wsola(waveform, rates, RATE, 2 * RATE)
     alone = tempo.wsola(waveform[:1], rates[:1], RATE, 2 * RATE)
     torch.testing.assert_close(both[:1], alone)
+    four = tempo.wsola(waveform, torch.tensor([1.2, 1.2, 1.0, 1.0]), RATE, 2 * RATE)
+    torch.testing.assert_close(four[[2, 1]], both)  # view v is of clip v mod 2
     shift = (both[0, :100] @ waveform[0].unfold(0, 100, 1)[:2000].T).argmax()
     torch.testing.assert_close(both[0], waveform[0, shift : shift + 2 * RATE], atol=1e-5, rtol=0)
 
@@ -400,7 +402,19 @@ def test_embedding_many_files_keeps_no_more_than_a_batch_of_them_in_memory(monke
     model = tempo.Periodicity(11025, 512, 1.0)
     h, clip = tempo.embed(model, ["file"] * 60, 0)
     assert h.shape == (180, 97) and clip.tolist() == [i // 3 for i in range(180)]
-    assert len(alive) == 60 and max(alive) <= 3
+    assert len(alive) == 60 and max(alive) <= 12  # 32 windows are of eleven files, and the next
+
+
+def test_embedding_is_that_of_each_window_whatever_files_stand_beside_it(monkeypatch):
+    torch.manual_seed(0)
+    shapes = (3, 9000), (40, 11025), (1, 8000), (2, 8000)  # windows, samples
+    files = [torch.randn(shape) for shape in shapes]
+    monkeypatch.setattr(tempo, "load_windows", lambda number, **_: files[number])
+    model = tempo.Periodicity(11025, 512, 1.0)
+    h, clip = tempo.embed(model, range(4), 0)
+    alone = torch.cat([model.embed(model.views(windows)) for windows in files])
+    torch.testing.assert_close(h, alone.detach(), atol=1e-4, rtol=0)
+    assert clip.bincount().tolist() == [3, 40, 1, 2]
 
 
 # The command
