@@ -506,7 +506,7 @@ def open_run(arguments: dict, made_by: str) -> dict:
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
-             "began": time.time()}  # fmt: skip
+             "finished": 0, "began": time.time()}  # fmt: skip
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
         if plain["data"] not in (None, state["args"]["data"]):
@@ -528,8 +528,8 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
     the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
     every step, batches read ahead by load(step, items=those of this process), a progress line with
-    monitor() or the last losses, and a checkpoint once a minute, at the end of the arm and on
-    Ctrl-C. A finished arm yields nothing: the model gets its weights.
+    monitor() or the last losses and which arm of state["planned"] this is, and a checkpoint once a
+    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its weights.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])
@@ -568,7 +568,8 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
                 die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
             text = monitor() if monitor else f"loss {loss:.4f}"
             print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * clips:.0f} clips/s | "
-                  f"{(steps - step - 1) / pace:.0f} s left", flush=True)  # fmt: skip
+                  f"{(steps - step - 1) / pace:.0f} s left of arm {state['finished'] + 1}/"
+                  f"{state['planned']}", flush=True)  # fmt: skip
         if stop or now - saved > 60:
             saved = now
             state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
@@ -579,6 +580,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
     signal.signal(signal.SIGINT, before)
     state["arms"][arm] = {k: v.cpu().clone() for k, v in model.state_dict().items()}
     state["running"] = {}
+    state["finished"] += 1
     save(state)
 
 
@@ -614,11 +616,14 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
 
 def end_run(out: Path, picture: str, began: float):
     """The last line of a run, and the end of torchrun's group: together, for a rank that leaves
-    while others still talk to it aborts some of them."""
+    while others still talk to it aborts some of them; and at once, for DDP leaves threads of gloo's
+    that now and then abort a Python that is clearing up."""
     print(f"wrote  {out}/results.json, checkpoint.pt and {picture} in {time.time() - began:.0f} s")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def median_times(contestants: dict, make, rounds: int) -> dict:

@@ -86,7 +86,7 @@ SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW, EXCERPT_SECONDS = 16000, 2.5  # samples of a view (1 s); what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
 SECOND_SCALE = 0.5  # of the generative features in "both"
-VERSION = "contrastive_generative 3"  # of the checkpoint's contents
+VERSION = "contrastive_generative 4"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -126,6 +126,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
     if args.sample and not args.predict:
         parser.error("--sample needs --predict FILE")
+    args.seed = list(dict.fromkeys(args.seed))
     args.objectives = list(dict.fromkeys(args.objectives))
     return args
 
@@ -829,7 +830,9 @@ def main(args: argparse.Namespace):
         splits[f"fold {test}"] = split  # (N,), the part of each clip; the next fold is for choices
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state)  # fmt: skip
-    for seed in dict.fromkeys(args.seed):
+    arms = len(args.objectives) + ("generative" in args.objectives) + bool(classes)  # of a split
+    state["planned"] = len(args.seed) * len(splits) * arms
+    for seed in args.seed:
         table.append([])
         for split, parts in splits.items():
             if (key := f"seed {seed} {split}") not in rows_of:

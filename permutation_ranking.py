@@ -78,7 +78,7 @@ SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification ar
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 2"  # of the checkpoint's contents
+VERSION = "permutation_ranking 3"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -706,6 +706,8 @@ def main(args: argparse.Namespace):
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=workers, state=state)  # fmt: skip
     everything = notes["train"] + notes["unlabelled"]
+    _, counts = deal(notes["train"], 0, args.label_counts)  # as many with every seed
+    state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))  # arms
     for seed in args.seed[len(rows) :]:
         labelled, counts = deal(notes["train"], seed, args.label_counts)
         models, pretext = {}, {}

@@ -82,7 +82,7 @@ LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view
           "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
-VERSION = "tempo_equivariant 4"  # of the checkpoint's contents
+VERSION = "tempo_equivariant 5"  # of the checkpoint's contents
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 TIE = {"tcn": 0.0, "periodicity": 0.2}  # weight of the bond between tracks: paper's loss, ours
@@ -118,7 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
-    args.encoders = list(dict.fromkeys(args.encoders))
+    args.seed, args.encoders = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.encoders))
     if args.predict == [] and not args.data:
         parser.error("--predict needs FILE... or --data DIR")
     return args
@@ -929,6 +929,9 @@ def main(args: argparse.Namespace):
         method = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
         classical = np.array(list(in_background(method, paths, args.workers, "onset")))
 
+    arms = len(leave_out) + labelled * (1 + args.fine_tune)  # of an encoder and seed
+    state["planned"] = len(args.seed) * len(args.encoders) * arms
+
     def build(name, seed):
         """An encoder; random, supervised and SSL arms of a seed start from the same weights."""
         torch.manual_seed(random_key("weights", name, seed))
@@ -937,7 +940,7 @@ def main(args: argparse.Namespace):
     train_arm = partial(train, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
                         max_stretch=args.max_stretch, workers=args.workers, state=state)
     table, figures = [], {}
-    for seed in dict.fromkeys(args.seed):
+    for seed in args.seed:
         tempi, rows = {}, []  # of each row (n,) BPM, nan where it has none; its scores
         if labelled:
             folds = song_folds(clips, seed)

@@ -384,6 +384,23 @@ def test_soft_rank_names_the_bad_argument(arguments, name):
         common.soft_rank(*arguments)
 
 
+def test_soft_rank_can_be_copied_alone_as_the_readme_says():
+    names = "import math\nfrom numbers import Real\nimport numpy as np\nimport torch\n"
+    names += "import torch.nn.functional as F\nfrom torch import Tensor\n"
+    sections = (ROOT / "common.py").read_text().split("# " + 77 * "-")
+    [section] = [s for s in sections if s.startswith("\n# Differentiable ranks.")]
+    copied = {}
+    exec(names + section, copied)
+    for shape in ((4, 10), (2, 500)):  # by minmax, by pool
+        values = torch.randn(shape, requires_grad=True)
+        ranks = copied["soft_rank"](values)
+        torch.testing.assert_close(ranks, common.soft_rank(values), atol=0, rtol=0)
+        ranks.square().sum().backward()
+    values = torch.tensor([[0.3, -1.2, 0.9]])  # the README's
+    for strength, ranks in ((1, [2.2, 1, 2.8]), (0.1, [2, 1, 3]), (10, [2.03, 1.88, 2.09])):
+        torch.testing.assert_close(common.soft_rank(values, strength), torch.tensor([ranks]) * 1.0)
+
+
 def test_linear_probe_solves_softmax_regression_whatever_the_scale_of_the_features():
     torch.manual_seed(0)
     features, labels = torch.randn(200, 5), torch.randint(0, 3, (200,))

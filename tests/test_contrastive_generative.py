@@ -92,8 +92,7 @@ parallel = torch.nn.parallel.DistributedDataParallel(layer)
 loss = script.nt_xent(*parallel(part).chunk(2), 0.2)
 loss.backward()
 torch.save((loss.detach(), layer.weight.grad), f"out{{dist.get_rank()}}.pt")
-dist.barrier()  # a rank that leaves early may abort the other
-dist.destroy_process_group()
+script.end_run("out", "nothing", 0.0)
 """)
     command = [
         sys.executable,
