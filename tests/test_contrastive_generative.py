@@ -384,6 +384,8 @@ def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finis
         "37 of 40 files",
     ):
         assert words in result.stdout
+    begun = result.stdout.count("model  ")
+    assert f"0 s left of arm {begun}/{begun}" in result.stdout  # as many arms as planned
     rows = {row["row"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     names = {"chance", "mel statistics", "code histogram", "random VGG", "contrastive", "both"}
     for half in ("random Transformer", "generative"):

@@ -327,6 +327,8 @@ def finished(folder, tmp_path_factory):
 def test_a_run_prints_its_table_and_writes_its_results(finished):
     result, out = finished
     assert result.returncode == 0 and result.stderr == ""
+    begun = result.stdout.count("model  ")
+    assert f"0 s left of arm {begun}/{begun}" in result.stdout  # as many arms as planned
     rows = {row["row"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     for name in (
         "chance",

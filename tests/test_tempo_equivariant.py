@@ -457,6 +457,8 @@ def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
                   "15 of 20 files", "11 of 15 files", "1 annotations fit no file",
                   "1 hold no number"):  # fmt: skip
         assert words in result.stdout
+    begun = result.stdout.count("model  ")
+    assert f"0 s left of arm {begun}/{begun}" in result.stdout  # as many arms as planned
     rows = json.loads((out / "results.json").read_text())["rows"]
     names = [r["row"] for r in rows]
     assert names[:2] == ["best constant, 5 folds", "autocorrelation of the onset strength"]
@@ -537,6 +539,7 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
     result = command(*resume, "--out", tmp_path)  # its other arguments are in the file
     assert result.returncode == 0 and "supervised 1/6" not in result.stdout  # on, not back
     assert f"SSL all songs {running['step'] + 1}/6" in result.stdout
+    assert "0 s left of arm 4/4" in result.stdout  # those before the kill count
     for arm, weights in arms(finished[1]).items():
         assert all(torch.equal(weights[name], arms(tmp_path)[arm][name]) for name in weights), arm
 
