@@ -528,8 +528,9 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
     the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
     every step, batches read ahead by load(step, items=those of this process), a progress line with
-    monitor() or the last losses and which arm of state["planned"] this is, and a checkpoint once a
-    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its weights.
+    monitor() or the last losses and which of state["planned"] arms this is, and a checkpoint once a
+    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its
+    weights.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])

@@ -10,7 +10,7 @@ Measured (demo: 400 generated clips, 3 seeds, one thread; Accuracy 1 / 2): perio
 songs left out .875/.975; a head on its frozen h, by cross-validation, .908/.981, on a random one
 .828/.943; autocorrelation without training .757/.910. On 102 real excerpts: label-free .756/.908 on
 songs left out, autocorrelation .620/.796 there. The paper's TCN: z follows the stretch, as onset
-density does, and not the tempo; its frozen h is no better than a random one (.132 and .228).
+density does, and not the tempo; its frozen h is worse than a random one's (.132 and .228).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
