@@ -176,7 +176,16 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         die(f"--subset {subset}: no esc50.csv below {folder}")
     if "dev.csv" in tables and "eval.csv" not in tables:
         print(f"skip   {tables['dev.csv']}: without eval.csv this is not FSD50K's split")
-    read = lambda name: csv.DictReader(tables[name].read_text("utf-8-sig").splitlines())
+
+    def read(name):
+        """The rows of a table, less those that are cut off."""
+        rows = list(csv.DictReader(tables[name].read_text("utf-8-sig").splitlines()))
+        whole = [row for row in rows if None not in row.values()]
+        if len(whole) < len(rows):
+            cut = len(rows) - len(whole)
+            print(f"skip   {tables[name]}: {cut} of {len(rows)} rows are cut off")
+        return whole
+
     stems = {path.stem: path for path in paths}
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
     try:

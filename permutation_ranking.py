@@ -219,10 +219,12 @@ def read_labels(file: Path) -> dict[str, tuple]:
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
     valid, unseen (NSynth's test), seen (a sixth of train) and unlabelled (all other audio)."""
-    seconds = scan_audio(find_audio(folder), SAMPLE_RATE, 0.25, workers)  # {path: seconds}
+    paths = find_audio(folder)
+    seconds = scan_audio(paths, SAMPLE_RATE, 0.25, workers)  # {path: seconds}
     if not seconds:
-        die(f"--data {folder}: no folder with audio to use; expected nsynth-train/examples.json "
-            "and nsynth-train/audio/*.wav, or any audio")  # fmt: skip
+        found = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
+        die(f"--data {folder}: {found}; expected nsynth-train/examples.json and "
+            "nsynth-train/audio/*.wav, or any audio")  # fmt: skip
     notes, taken = {"train": [], "valid": [], "test": []}, set()  # by a label or a split
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         labels = read_labels(file)

@@ -340,10 +340,12 @@ Clip = namedtuple("Clip", "path seconds bpm song", defaults=(math.nan, ""))  # n
 
 def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int) -> list[Clip]:
     """All audio to use below a folder; dies if there is nothing."""
-    seconds = scan_audio(find_audio(folder), sample_rate, min_seconds, workers)
+    paths = find_audio(folder)
+    seconds = scan_audio(paths, sample_rate, min_seconds, workers)
     if not seconds:
-        die(f"--data {folder}: no folder with audio to use (wav au mp3 flac ogg opus aiff, at any "
-            "depth, as genres/pop/pop.00001.wav)")  # fmt: skip
+        found = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
+        die(f"--data {folder}: {found}; expected wav au mp3 flac ogg opus aiff of "
+            f"{min_seconds:.1f} s or more, at any depth, as genres/pop/pop.00001.wav")
     truth = find_truth(folder, list(seconds))
     return [Clip(str(p), s, *truth.get(p, (math.nan, str(p)))) for p, s in seconds.items()]
 
