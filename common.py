@@ -171,7 +171,7 @@ class LogMel(nn.Module):
     """
 
     def __init__(self, sample_rate, n_fft, hop_length, n_mels=None, win_length=None, f_min=0.0,
-                 f_max=None, floor=1e-7):  # fmt: skip
+                 f_max=None, floor=1e-7):
         super().__init__()
         self.spectrogram = Spectrogram(n_fft, win_length, hop_length, power=None)
         self.floor, self.mel = floor, None
@@ -359,7 +359,7 @@ def stack(total, size) -> list[int]:
 
 
 def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iterations=100,
-                 scale=1.0) -> nn.Linear:  # fmt: skip
+                 scale=1.0) -> nn.Linear:
     """Softmax regression on standardised frozen features with an L2 penalty, by L-BFGS from zero.
 
     Convex, so that no seed and no learning rate matters.
@@ -375,7 +375,7 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=iterations,
-                                  line_search_fn="strong_wolfe")  # fmt: skip
+                                  line_search_fn="strong_wolfe")
 
     def loss():
         """The objective that L-BFGS evaluates, with its gradient."""
@@ -404,7 +404,7 @@ def start_run(device: str = "") -> torch.device:
     except (OSError, AttributeError):
         pass  # another C library: as fast as it is
     device = device or ("cuda" if torch.cuda.is_available() else
-                        "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
+                        "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -506,24 +506,24 @@ def open_run(arguments: dict, made_by: str) -> dict:
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
-             "finished": 0, "began": time.time()}  # fmt: skip
+             "finished": 0, "began": time.time()}
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
         if plain["data"] not in (None, state["args"]["data"]):
             die(f"--resume: {out}/checkpoint.pt is of --data {state['args']['data']}; "
-                "another --out starts anew")  # fmt: skip
+                "another --out starts anew")
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
         state["began"] = time.time() - state.get("seconds", 0.0)  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
     if state["args"]["batch_size"] % rank_and_size()[1]:
         die(f"--batch-size {state['args']['batch_size']} cannot be shared by "
-            f"{rank_and_size()[1]} processes")  # fmt: skip
+            f"{rank_and_size()[1]} processes")
     make_folder(out)
     return state
 
 
 def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load, workers: int,
-             state: dict, monitor=None):  # fmt: skip
+             state: dict, monitor=None):
     """Yields (batch, network, losses) for each step of an arm that is left to do; a script's loop
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
     the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
@@ -570,11 +570,11 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
             text = monitor() if monitor else f"loss {loss:.4f}"
             print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * clips:.0f} clips/s | "
                   f"{(steps - step - 1) / pace:.0f} s left of arm {state['finished'] + 1}/"
-                  f"{state['planned']}", flush=True)  # fmt: skip
+                  f"{state['planned']}", flush=True)
         if stop or now - saved > 60:
             saved = now
             state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
-                                "optimiser": optimiser.state_dict()}  # fmt: skip
+                                "optimiser": optimiser.state_dict()}
             save(state)
         if stop:
             raise KeyboardInterrupt
@@ -660,7 +660,7 @@ def benchmark():
     ratios = []
     for rows, n in ((64, 4), (64, 8), (64, 16), (128, 10), (64, 64), (1024, 4), (1024, 10),
                     (512, 16), (512, 32), (4096, 8), (4096, 16), (4096, 64), (1, 10), (128, 100),
-                    (32, 1000), (8, 10000), (1, 100000)):  # fmt: skip
+                    (32, 1000), (8, 10000), (1, 100000)):
         for strength in (1.0, 0.1, 0.001):
             noise = partial(torch.randn, rows, n)
             make = lambda: (noise(requires_grad=True), noise(), strength)
@@ -672,7 +672,7 @@ def benchmark():
                 ratios.append(mine / taken["torchsort"])
     if ratios:
         print(f"soft_rank / torchsort over rows 64 to 4096, n 4 to 64: geometric mean "
-              f"{np.exp(np.log(ratios).mean()):.2f}, largest {max(ratios):.2f}")  # fmt: skip
+              f"{np.exp(np.log(ratios).mean()):.2f}, largest {max(ratios):.2f}")
 
 
 if __name__ == "__main__":

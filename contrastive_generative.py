@@ -58,7 +58,7 @@ from torchaudio.transforms import GriffinLim, InverseMelScale
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save, save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save, save_first, scan_audio, start_run, training, write_whole)
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: sizes published by
@@ -81,7 +81,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
 }
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
-          "seed": (0, 2**32), "sample": (0, 100)}  # fmt: skip
+          "seed": (0, 2**32), "sample": (0, 100)}
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW, EXCERPT_SECONDS = 16000, 2.5  # samples of a view (1 s); what it is cropped from
 GENERATED_CLIPS, WEIGHT_DECAY = 1120, 0.01  # of the demo; of the probe
@@ -92,7 +92,7 @@ VERSION = "contrastive_generative 4"  # of the checkpoint's contents
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+                                     epilog="Chosen by --setting alone: ")
     parser.error = die  # one line, without the usage
     add, objectives = parser.add_argument, ["contrastive", "generative"]
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
@@ -158,7 +158,7 @@ def write_sound(number: int, folder: Path):
         "engine": (1 + noise) * np.exp(-since(9 * pace) / 0.005),
         "rain": noise * (rng.random(len(t)) < 10 ** rng.uniform(-2, -0.5)),
         "siren": tone(pitch * 2 ** (0.5 * np.sin(2 * np.pi * pace / 4 * slow))),
-        "whistle": tone(pitch * (1 - rng.random() / 3 * np.exp(-t / 0.15)))}[kind]  # fmt: skip
+        "whistle": tone(pitch * (1 - rng.random() / 3 * np.exp(-t / 0.15)))}[kind]
     octave = np.linspace(1, 9, len(t) // 2 + 1)
     colour = sum(rng.normal() * np.sin(octave * k / 3 + 6 * rng.random()) for k in range(5))
     sound = np.fft.irfft(np.fft.rfft(sound) * np.exp(0.8 * colour), len(t))
@@ -192,21 +192,21 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         if "esc50.csv" in tables:
             return f"ESC-50, official folds of {tables['esc50.csv']}", [
                 (find(row["filename"]), [row["category"]], row["fold"])
-                for row in read("esc50.csv") if not subset or row["esc10"] == "True"]  # fmt: skip
+                for row in read("esc50.csv") if not subset or row["esc10"] == "True"]
         if {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
             return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
                 (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
-                for name in ("dev.csv", "eval.csv") for row in read(name)]  # fmt: skip
+                for name in ("dev.csv", "eval.csv") for row in read(name)]
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     part_of = {name: part for part in ("train", "valid", "test")
-               for name in getattr(gtzan, f"filtered_{part}")}  # fmt: skip
+               for name in getattr(gtzan, f"filtered_{part}")}
     songs = [(path, path.stem.removeprefix("gtzan_").replace("_", ".")) for path in paths]
     songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
     if len(songs) > 0.8 * len(paths):
         return "GTZAN, fault-filtered split", [
-            (path, [name.split(".")[0]], part_of[name]) for path, name in songs]  # fmt: skip
+            (path, [name.split(".")[0]], part_of[name]) for path, name in songs]
     return "class folders, stratified folds", [(path, [path.parent.name], "") for path in paths]
 
 
@@ -236,12 +236,12 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
         die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
     print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
-          f"{len(paths) - len({r[0] for r in rows} & set(paths))} files are not in it")  # fmt: skip
+          f"{len(paths) - len({r[0] for r in rows} & set(paths))} files are not in it")
     return sorted(clips)
 
 
 def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
-               excerpt=EXCERPT_SECONDS):  # fmt: skip
+               excerpt=EXCERPT_SECONDS):
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
     No clip twice if they suffice; each item draws from (arm, step, item) alone, whoever reads it.
     """
@@ -326,7 +326,7 @@ class Encoder(nn.Module):
                                                   nn.BatchNorm2d(size), nn.ReLU(inplace=True))
         w, pool = width, nn.MaxPool2d(2)
         self.convs = nn.Sequential(conv(1, w), conv(w, w), conv(w, w), pool, conv(w, 2 * w),
-                                   conv(2 * w, 2 * w), pool, conv(2 * w, 4 * w), pool)  # fmt: skip
+                                   conv(2 * w, 2 * w), pool, conv(2 * w, 4 * w), pool)
         self.convs.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.dense = nn.Linear(2 * 4 * w * BANDS // 8, EMBEDDING)
 
@@ -344,7 +344,7 @@ class Tokenizer(nn.Module):
     def __init__(self, codes: int, flatten: float):
         super().__init__()
         stack = lambda a, b, c, d: nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c),
-                                                 nn.ReLU(), nn.Linear(c, d))  # fmt: skip
+                                                 nn.ReLU(), nn.Linear(c, d))
         self.encoder, self.decoder = stack(2 * BANDS, 512, 256, 64), stack(64, 256, 512, 2 * BANDS)
         self.flatten = flatten
         self.register_buffer("centroids", torch.zeros(codes, 64))
@@ -401,7 +401,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
-                                 nn.Linear(4 * width, width))  # fmt: skip
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -460,7 +460,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     rank, size = rank_and_size()
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) * size < 2 or temperature <= 0:
         raise ValueError(f"nt_xent needs (N, D) twice, N >= 2, temperature > 0: got "
-                         f"{tuple(z1.shape)} and {tuple(z2.shape)} at {temperature}")  # fmt: skip
+                         f"{tuple(z1.shape)} and {tuple(z2.shape)} at {temperature}")
     if size > 1:  # every rank works out the loss of all
         z = torch.stack([z1, z2])  # (2, N, D)
         parts = [torch.empty_like(z) for _ in range(size)]
@@ -483,12 +483,12 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 
 
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
-          workers: int, state: dict):  # fmt: skip
+          workers: int, state: dict):
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
     load = partial(load, arm=arm)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for batch, network, losses in training(arm, model, optimiser, steps, batch_size, load, workers,
-                                           state):  # fmt: skip
+                                           state):
         loss = loss_of(network, *batch)
         optimiser.zero_grad()
         loss.backward()
@@ -498,7 +498,7 @@ def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int
 
 
 def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, seen: Tensor,
-                dictionary: tuple, workers: int) -> dict:  # fmt: skip
+                dictionary: tuple, workers: int) -> dict:
     """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
@@ -526,7 +526,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
     if dist.is_initialized():
         dist.broadcast(tokenizer.centroids, 0)  # sums on a GPU differ in their last digits
     predict_next = lambda network, waveform, _: next_code_loss(
-        network, tokenizer.codes(front(waveform)))  # fmt: skip
+        network, tokenizer.codes(front(waveform)))
     train_arm(f"{key} next code", model, predict_next, load)
     learnt, held_out = [], []  # codes of the clips that were seen and of the others, in parts
     with torch.no_grad():
@@ -534,17 +534,17 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
             parts = tokenizer.codes(log_mel)[0].cpu().split(context)  # (context,), the last shorter
             (learnt if use else held_out).extend(parts)
         learnt, held_out = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
-                            for parts in (learnt, held_out))  # fmt: skip
+                            for parts in (learnt, held_out))
         known, total = count_codes(learnt, held_out, codes), (held_out >= 0).sum().item()
         known["next_code"] = sum(
             next_code_loss(model.eval(), part.to(front.mean.device)).item() / total
-            * (part >= 0).sum().item() for part in held_out.split(64))  # fmt: skip
+            * (part >= 0).sum().item() for part in held_out.split(64))
     return known
 
 
 def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: list, targets: Tensor,
              seen: Tensor, train_arm, objectives: list, families: list, temperature: float,
-             sequences: int, dictionary: tuple, workers: int) -> dict:  # fmt: skip
+             sequences: int, dictionary: tuple, workers: int) -> dict:
     """Trains all arms of a seed and a split on the clips that are `seen` (N,): `models` without
     labels, `labelled` with them. Returns what is known of the codes."""
     front = models["front"]
@@ -567,7 +567,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     if "generative" not in objectives:
         return {}
     known = learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
-                        dictionary, workers)  # fmt: skip
+                        dictionary, workers)
     print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     return known
 
@@ -606,7 +606,7 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
                    "code histogram": codes.bincount(minlength=size) / len(codes),
                    "contrastive": h, "generative": last.mean((0, 1)),
                    "both": torch.cat([h, mean_sd]), "generative, mean + sd": mean_sd,
-                   "generative, last position": last[:, -1].mean(0)}  # fmt: skip
+                   "generative, last position": last[:, -1].mean(0)}
             new |= {f"generative, layer {i}": x.mean((0, 1)) for i, x in enumerate(lower, 1)}
             for name, value in new.items():
                 rows[name].append(value.cpu())
@@ -643,7 +643,7 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
 
 
 def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor, parts: np.ndarray,
-            objectives: list, classes: list, workers: int, picture: Path | None):  # fmt: skip
+            objectives: list, classes: list, workers: int, picture: Path | None):
     """All rows of a seed and a split, and what --predict needs; draws the picture, if asked to."""
     models, _, labelled = variants  # trained without labels, not trained, trained with labels
     paths = [clip[0] for clip in clips]
@@ -687,12 +687,12 @@ def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor,
             draw, features={name: x[test] for name, x in features.items()}, found=found,
             truth=targets[test].argmax(1), classes=classes, clip=clip[0], codes=codes,
             decoded=models["tokenizer"].decode(codes, clip).detach(),
-            title=f"{kept['row']}, {key}"))  # fmt: skip
+            title=f"{kept['row']}, {key}"))
     return rows, kept
 
 
 def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list, title: str,
-         clip: Tensor, codes: Tensor, decoded: Tensor):  # fmt: skip
+         clip: Tensor, codes: Tensor, decoded: Tensor):
     """The PNG: embeddings of held-out clips, one of them as codes and back, the confusions."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # needs no display
@@ -731,7 +731,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
 
 
 def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: float,
-                context: int, transformer: tuple, **_) -> nn.ModuleDict:  # fmt: skip
+                context: int, transformer: tuple, **_) -> nn.ModuleDict:
     """Everything with weights, out of a run's arguments, of which there are more (_)."""
     D = EMBEDDING
     return nn.ModuleDict({
@@ -739,7 +739,7 @@ def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: 
         "projector": nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.ReLU(),
                                    nn.Linear(D, 128)),
         "classifier": nn.Linear(D, max(1, classes)), "tokenizer": Tokenizer(codes, flatten),
-        "code_model": CodeModel(codes, context, *transformer)})  # fmt: skip
+        "code_model": CodeModel(codes, context, *transformer)})
 
 
 def predict(files: list, count: int, out: Path, device, workers: int):
@@ -788,7 +788,7 @@ def sample(models: nn.ModuleDict, path: Path, count: int, out: Path):
     picture = Figure(figsize=(3 + 3 * len(images), 3), layout="constrained")
     for axis, (title, image) in zip(picture.subplots(1, len(images)), images.items()):
         axis.imshow(image, aspect="auto", origin="lower", vmin=log_mel.min().item(),
-                    vmax=log_mel.max().item())  # fmt: skip
+                    vmax=log_mel.max().item())
         axis.axvline(2 * len(given), color="white")
         axis.set(title=title, xlabel="frame", ylabel="mel band")
     picture.savefig(f"{out}.png", dpi=90)
@@ -838,7 +838,7 @@ def main(args: argparse.Namespace):
         split = np.select([parts == test, parts == valid], ["test", "valid"], "train")
         splits[f"fold {test}"] = split  # (N,), the part of each clip; the next fold is for choices
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
-                        workers=args.workers, state=state)  # fmt: skip
+                        workers=args.workers, state=state)
     arms = len(args.objectives) + ("generative" in args.objectives) + bool(classes)  # of a split
     state["planned"] = len(args.seed) * len(splits) * arms
     for seed in args.seed:
@@ -851,7 +851,7 @@ def main(args: argparse.Namespace):
                 known = pretrain(
                     key, models, labelled, clips, targets, torch.from_numpy(parts != "test"),
                     train_arm, args.objectives, args.views, args.temperature, args.sequences,
-                    args.dictionary, args.workers)  # fmt: skip
+                    args.dictionary, args.workers)
                 rows_of[key], kept = compare(
                     key, [models, random, labelled], known, clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")

@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
                     save, save_first, scan_audio, soft_rank, start_run, training,
-                    write_whole)  # fmt: skip
+                    write_whole)
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as published.
@@ -70,7 +70,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
                      "labelled notes, as far as the data go"),
     "network": ("small", "small", "alexnet", "small: convolutions over time; alexnet: the paper's"),
     "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
-}  # fmt: skip
+}
 LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
           "label_counts": (20, 10**7), "hidden": (2, 10**5), "bands": (1, 60), "slices": (1, 12),
           "workers": (0, 64)}
@@ -182,7 +182,7 @@ def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
         note = make_note(family, instrument, pitch, velocity, rng)
         write_whole(path, lambda p: soundfile.write(p, note, SAMPLE_RATE, format="WAV"))
     return name, {"pitch": pitch, "velocity": velocity, "instrument": instrument,
-                  "instrument_family": FAMILIES.index(family)}  # fmt: skip
+                  "instrument_family": FAMILIES.index(family)}
 
 
 def write_notes(folder: Path, workers: int):
@@ -193,7 +193,7 @@ def write_notes(folder: Path, workers: int):
         make_folder(part / "audio")
         families = [family for family in SOUNDS for _ in range(instruments)]
         todo = [(family, instrument, note) for instrument, family in enumerate(families, first)
-                for note in range(notes)]  # fmt: skip
+                for note in range(notes)]
         first += len(families)
         records = dict(in_background(partial(write_note, folder=part), todo, workers))
         (part / "examples.json").write_text(json.dumps(records))
@@ -210,7 +210,7 @@ def read_labels(file: Path) -> dict[str, tuple]:
     """{name of a note: (family, instrument, pitch)} from an examples.json; {} if it is none."""
     try:
         return {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
-                for name, r in json.loads(file.read_text()).items()}  # fmt: skip
+                for name, r in json.loads(file.read_text()).items()}
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
         return {}
@@ -224,7 +224,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     if not seconds:
         found = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
         die(f"--data {folder}: {found}; expected nsynth-train/examples.json and "
-            "nsynth-train/audio/*.wav, or any audio")  # fmt: skip
+            "nsynth-train/audio/*.wav, or any audio")
     notes, taken = {"train": [], "valid": [], "test": []}, set()  # by a label or a split
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         labels = read_labels(file)
@@ -247,7 +247,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         absent = [name for i, name in enumerate(FAMILIES) if i not in present] or ["no family"]
         if part:
             print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
-                  f"instruments, without {', '.join(absent)}")  # fmt: skip
+                  f"instruments, without {', '.join(absent)}")
     held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
     thin = lambda part: part[:: len(part) // 2000 + 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
@@ -330,7 +330,7 @@ def small_encoder(height: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU())  # fmt: skip
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU())
 
 
 def alexnet_encoder(height: int) -> nn.Module:
@@ -343,7 +343,7 @@ def alexnet_encoder(height: int) -> nn.Module:
         nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(),
         nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(),
         nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)),
-        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5))  # fmt: skip
+        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5))
 
 
 NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds, frames averaged, embedding
@@ -365,7 +365,7 @@ class ContextFreeNetwork(nn.Module):
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
         self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
-                                    nn.Linear(width, outputs or len(self.fixed) or n))  # fmt: skip
+                                    nn.Linear(width, outputs or len(self.fixed) or n))
         if not outputs:
             nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
 
@@ -440,12 +440,12 @@ def supervised_loss(output: Tensor, y, choice, family: Tensor, pitch: Tensor) ->
 
 
 def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, steps: int, lr: float,
-          workers: int, state: dict, shuffled=True):  # fmt: skip
+          workers: int, state: dict, shuffled=True):
     """Trains the model in place with loss_of(output, ranks 1..n, choice, family, pitch)."""
     load = partial(load_batch, arm=arm, notes=notes, seconds=model.seconds, fixed=model.fixed.cpu())
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, permutation, *labels), network, losses in training(
-            arm, model, optimiser, steps, batch_size, load, workers, state):  # fmt: skip
+            arm, model, optimiser, steps, batch_size, load, workers, state):
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
         output = network(shuffle(patches, permutation) if shuffled else patches)
         loss = loss_of(output, permutation + 1.0, *labels)
@@ -465,7 +465,7 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
     their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=model.seconds,
-                   fixed=model.fixed.cpu())  # fmt: skip
+                   fixed=model.fixed.cpu())
     parts, n = [], model.fixed.shape[1]
     batches = [range(len(notes))[i : i + 32] for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
@@ -493,7 +493,7 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
         waveform = waveform.to(some.fixed.device)
         frames = some.front_end(waveform)  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
-               "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}  # fmt: skip
+               "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         for name, model in models.items():
             new[name] = model.eval().embed(model.patches(frames), model.embedding)
         for name, part in new.items():
@@ -509,11 +509,11 @@ def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
     few, one outlier decides."""
     return nn.Sequential(nn.BatchNorm1d(size, affine=False), nn.Hardtanh(-3, 3),
                          nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2),
-                         nn.ReLU(), nn.Linear(hidden // 2, outputs)).eval()  # fmt: skip
+                         nn.ReLU(), nn.Linear(hidden // 2, outputs)).eval()
 
 
 def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int, outputs: int,
-             error) -> tuple[nn.Module, float]:  # fmt: skip
+             error) -> tuple[nn.Module, float]:
     """Trains a head on features (N, D) and labels (N,) by error(output, label); keeps the epoch
     that is best on validation, whose error comes with it."""
     head, best = make_head(x.shape[1], hidden, outputs), math.inf
@@ -537,7 +537,7 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
     few, (family, player, pitch) = x["train"][:count], labels["train"][:count].T  # (N, D), (N,)
     valid, (valid_family, _, valid_pitch) = x["valid"], labels["valid"].T  # other instruments
     family_head, family_loss = fit_head(few, family, valid, valid_family, hidden, len(FAMILIES),
-                                        F.cross_entropy)  # fmt: skip
+                                        F.cross_entropy)
     pitch_head, pitch_loss = fit_head(few, pitch, valid, valid_pitch, hidden, 1, pitch_error)
     player_head, _ = fit_head(few, player, few, player, hidden, instruments, F.cross_entropy)
     linear_family = linear_probe(few, F.one_hot(family, len(FAMILIES)).float(), iterations=40)
@@ -553,12 +553,12 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
             "instrument_accuracy": right(player_head(z).argmax(1), players) if known else "-",
             "pitch_mse": 100 * pitch_error(pitch_head(z), pitches).item(),
             "pitch_accuracy": right(heard, pitches),
-            "chroma_accuracy": right(heard % 12, pitches % 12)}  # fmt: skip
+            "chroma_accuracy": right(heard % 12, pitches % 12)}
     return metrics, nn.ModuleList([family_head, pitch_head]), family_loss + pitch_loss
 
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
-            hidden: int, workers: int) -> tuple[list[dict], dict]:  # fmt: skip
+            hidden: int, workers: int) -> tuple[list[dict], dict]:
     """Scores networks beside the baselines: the rows of a seed, and what --predict needs."""
     if not counts:
         return [{"row": name, **metrics} for name, metrics in pretext.items()], {}
@@ -566,7 +566,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
     parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
     x = {split: embed(models, part, workers) for split, part in parts.items()}
     labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
-                                   for note in part]) for split, part in parts.items()}  # fmt: skip
+                                   for note in part]) for split, part in parts.items()}
     rows, kept = [], {}
     scored = [(count, name) for count in counts for name in x["train"]
               if name.endswith(f", {count} labels") or not name.endswith(" labels")]  # supervised
@@ -577,11 +577,11 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
         metrics, heads, error = score(mine, labels, count, hidden, len(players))
         rows += [{"row": f"{row}, {count} labels, {split}", **values,
                   **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
-                 for split, values in metrics.items()]  # fmt: skip
+                 for split, values in metrics.items()]
         if name in pretext and error < kept.get("error", math.inf):
             size = (*models[name].grid, len(models[name].fixed))
             kept = {"arm": f"{name}, seed {seed}", "error": error, "size": size,
-                    "heads": heads.state_dict()}  # fmt: skip
+                    "heads": heads.state_dict()}
     return rows, kept
 
 
@@ -614,7 +614,7 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
             style = "o-" if name.split()[0] in LOSSES else "x:"
             axis.plot([*points], [row[key] for row in points.values()], style, label=name)
         axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
-                 yscale="log" if key == "pitch_mse" else "linear")  # fmt: skip
+                 yscale="log" if key == "pitch_mse" else "linear")
         axis.set_xticks([*points], [*points])
         axis.minorticks_off()
     axis.legend(fontsize=8, ncols=2)
@@ -659,7 +659,7 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
         midi = 60 + 10 * tens
         name = "C C# D D# E F F# G G# A A# B".split()[round(midi) % 12]
         print(f"{note.path}: {FAMILIES[p.argmax()]} ({p.max():.2f}), "
-              f"{name}{round(midi) // 12 - 1} (MIDI {midi:.1f})")  # fmt: skip
+              f"{name}{round(midi) // 12 - 1} (MIDI {midi:.1f})")
 
 
 def transfer(data: Path, out: Path, label_counts: list, device: torch.device, workers: int):
@@ -706,7 +706,7 @@ def main(args: argparse.Namespace):
     save_first(state)
 
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
-                        workers=workers, state=state)  # fmt: skip
+                        workers=workers, state=state)
     everything = notes["train"] + notes["unlabelled"]
     _, counts = deal(notes["train"], 0, args.label_counts)  # as many with every seed
     state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))  # arms
@@ -720,7 +720,7 @@ def main(args: argparse.Namespace):
             for count in counts:
                 row, model = f"supervised{name}, {count} labels", build(outputs=1 + len(FAMILIES))
                 train_arm(f"{row}, seed {seed}", model, supervised_loss, labelled[:count],
-                          shuffled=False)  # fmt: skip
+                          shuffled=False)
                 models[row] = model
             for loss in args.losses:
                 row, model = loss + name, build(loss)
@@ -737,7 +737,7 @@ def main(args: argparse.Namespace):
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
         write_whole(out / "permutation.png", partial(
             draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
-            notes=shown))  # fmt: skip
+            notes=shown))
     end_run(out, "permutation.png" if state["kept"] else "no picture", state["began"])
 
 

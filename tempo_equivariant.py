@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save, save_first, scan_audio, start_run, training, write_whole)  # fmt: skip
+                    save, save_first, scan_audio, start_run, training, write_whole)
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
@@ -79,7 +79,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "n_fft": (1024, 1024, 2048, "samples"),
 }
 LIMITS = {"steps": (1, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view_seconds": (2, 36),
-          "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}  # fmt: skip
+          "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
 VERSION = "tempo_equivariant 5"  # of the checkpoint's contents
@@ -92,7 +92,7 @@ BPM_AXIS = 15 * 2 ** (torch.arange(145) / 24)  # log tempo, 24 bins to the octav
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, completed from the column of HYPER_PARAMETERS that applies."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     epilog="Chosen by --setting alone: ")  # fmt: skip
+                                     epilog="Chosen by --setting alone: ")
     parser.error = die  # one line, without the usage
     add, encoders = parser.add_argument, ["tcn", "periodicity"]
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
@@ -180,13 +180,13 @@ def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
     scale = rng.choice([[0, 2, 4, 5, 7, 9, 11], [0, 2, 3, 5, 7, 8, 10]])  # major, minor
     root, chords = rng.integers(36, 48), rng.choice(scale, 4)
     bass = [eighths, eighths, beat, half, np.maximum(downbeat, back),
-            np.maximum(downbeat, maybe(0.2))]  # fmt: skip
+            np.maximum(downbeat, maybe(0.2))]
     chord = [downbeat, half, back, offbeat, eighths, eighths, beat]
     melody = [eighths * maybe(0.6), eighths, beat * maybe(0.8) + offbeat * maybe(0.4),
-              np.maximum(beat, maybe(0.3))]  # fmt: skip
+              np.maximum(beat, maybe(0.3))]
     band = [(0.8, bass if has_drums else [eighths], 0, [[0], [0], [12]]),
             (0.6, chord, 12, [[0, 4, 7]]),
-            (0.6, melody, 24, rng.choice(scale, (6, 1)))]  # fmt: skip
+            (0.6, melody, 24, rng.choice(scale, (6, 1)))]
     for p, patterns, octave, degrees in band:
         if not has_drums or rng.random() < p:
             played = [[np.add(degree, root + octave + c) for degree in degrees] for c in chords]
@@ -227,7 +227,7 @@ def make_demo(folder: Path, sample_rate: int, seconds: float, workers: int):
     lines = ["file,bpm", *in_background(write, range(GENERATED_CLIPS), workers)]
     (folder / "tempo.csv").write_text("\n".join(lines))
     print(f"data   synthetic: {GENERATED_CLIPS} clips of {seconds} s in {folder} "
-          "(--data DIR: recordings)")  # fmt: skip
+          "(--data DIR: recordings)")
 
 
 def write_track(number: int, folder: Path, sample_rate: int, seconds=16.0) -> str:
@@ -244,7 +244,7 @@ def write_track(number: int, folder: Path, sample_rate: int, seconds=16.0) -> st
 TRUTH_KINDS = "annotations_v2 .bpm .jams .beats .mf .json .csv .tsv".split()  # best first
 TRACK_NAME = re.compile(  # what all names of a track share, less what data sets put around it
     r"(?s)(?:giantsteps_|acm_mirum_|hainsworth_|hains|ballroom_|smc_)*(.*?)"
-    r"(?:\.(?:wav|au|mp3|flac|ogg|oga|opus|aif|aiff|clip|lofi|jams|bpm|beats))*")  # fmt: skip
+    r"(?:\.(?:wav|au|mp3|flac|ogg|oga|opus|aif|aiff|clip|lofi|jams|bpm|beats))*")
 
 
 def track_key(name: str) -> str:
@@ -267,9 +267,9 @@ def read_truth(path: Path) -> list[tuple]:
     if kind == ".jams":  # a tempo if there is one, else beats
         parts = json.loads(text)["annotations"]
         tempi = [event["value"] for part in parts if part["namespace"] == "tempo"
-                 for event in part["data"][:1]]  # fmt: skip
+                 for event in part["data"][:1]]
         tempi += [beat_tempo([event["time"] for event in part["data"]]) for part in parts
-                  if (part.get("sandbox") or {}).get("annotation_type") == "beat"]  # fmt: skip
+                  if (part.get("sandbox") or {}).get("annotation_type") == "beat"]
         return [(path.name, value, "") for value in tempi if not math.isnan(to_bpm(value))][:1]
     if kind == ".json":  # the index of the official code
         index = [r for r in json.loads(text) if "tempo" in r]
@@ -281,7 +281,7 @@ def read_truth(path: Path) -> list[tuple]:
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
         if {"file", "bpm"} <= set(rows.fieldnames):
             return [((r["file"] or "").strip(), (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
-                     r.get("song") or r.get("origin") or "") for r in rows]  # fmt: skip
+                     r.get("song") or r.get("origin") or "") for r in rows]
     return []  # a table of something else
 
 
@@ -306,7 +306,7 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
             try:
                 rows = read_truth(file)
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-                    csv.Error) as e:  # fmt: skip
+                    csv.Error) as e:
                 print(f"skip   {file}: not an annotation ({type(e).__name__})")
                 continue
             for name, value, song in rows:
@@ -326,12 +326,12 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
         if used:
             print(f"truth  {kind} in {', '.join(map(str, sorted(used)))}: {count} of "
                   f"{len(paths)} files have a tempo; {strangers} annotations fit no file or "
-                  f"several, {numberless} hold no number")  # fmt: skip
+                  f"several, {numberless} hold no number")
         if count:
             return truth
     print("truth  none found. For GTZAN put the folder tempo of "
           f"github.com/TempoBeatDownbeat/gtzan_tempo_beat into {folder}; for your own write "
-          f"{folder}/tempo.csv with the columns file,bpm")  # fmt: skip
+          f"{folder}/tempo.csv with the columns file,bpm")
     return {}
 
 
@@ -351,7 +351,7 @@ def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int)
 
 
 def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, max_stretch: float,
-               sample_rate: int):  # fmt: skip
+               sample_rate: int):
     """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it:
     (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views then the second; (2B,) BPM
     of these views, nan where unknown."""
@@ -448,7 +448,7 @@ class TCN(nn.Module):
         super().__init__()
         self.sample_rate, self.seconds, self.norm = sample_rate, seconds, nn.BatchNorm2d(1)
         self.log_mel = LogMel(sample_rate, n_fft, sample_rate // frame_rate, bands, f_min=30,
-                              f_max=min(17000, sample_rate / 2))  # fmt: skip
+                              f_max=min(17000, sample_rate / 2))
         self.conv1, self.conv2 = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3)
         rest = ((bands - 2) // 3 - 2) // 3  # bands left behind the two poolings
         self.conv3 = nn.Conv2d(16, 16, (rest, 1))
@@ -604,7 +604,7 @@ def tempo_targets(bpm: Tensor) -> Tensor:
 
 
 def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
-          max_stretch: float, workers: int, state: dict):  # fmt: skip
+          max_stretch: float, workers: int, state: dict):
     """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
     history, encoder = deque(maxlen=20), getattr(model, "encoder", model)  # a classifier's, or it
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
@@ -649,7 +649,7 @@ def accuracies(estimates, bpm) -> dict:
     ratio = ratio[~np.isnan(ratio)]
     hits = [np.abs(ratio / fold - 1) <= 0.04 + 1e-9 for fold in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"accuracy1": float(hits[0].mean()), "accuracy2": float(np.any(hits, 0).mean()),
-            "clips": len(ratio)}  # fmt: skip
+            "clips": len(ratio)}
 
 
 def load_windows(path: str, sample_rate: int) -> Tensor:
@@ -776,7 +776,7 @@ def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
-            fine_tune: bool, workers: int) -> tuple[dict, dict]:  # fmt: skip
+            fine_tune: bool, workers: int) -> tuple[dict, dict]:
     """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
     encoder is trained for each fold of songs to leave out (-1: none); the first is probed,
     fine-tuned, and kept if no seed's is yet."""
@@ -801,7 +801,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
         train_arm(pretext, encoder, partial(pretext_loss, tie=TIE[name]),
-                  list(compress(clips, heard)))  # fmt: skip
+                  list(compress(clips, heard)))
         h, clip = embed(encoder, paths, workers)
         calibration = calibrate(encoder, h[torch.tensor(heard)[clip]])
         tempi, *_ = label_free_tempi(encoder, h, clip, calibration)
@@ -827,7 +827,7 @@ def stretch_response(model: nn.Module, clips: list) -> tuple[np.ndarray, Tensor]
     """Nine rates, and the median over 32 excerpts of z at each over z at rate 1: (9,), (9,)."""
     rates, device = 1.25 ** np.linspace(-1, 1, 9), next(model.parameters()).device
     waveform, _, _ = load_batch(0, clips, "response", range(32), 1.25 * model.seconds + 0.2, 1.0,
-                                model.sample_rate)  # fmt: skip
+                                model.sample_rate)
     torch.manual_seed(0)
     views = [model.views(waveform.to(device), torch.full((64,), a, device=device)) for a in rates]
     z = torch.stack([model.eval()(x) for x in views]).abs().log()  # (9, 64)
@@ -859,7 +859,7 @@ def draw(path: Path, figure: dict, responses: dict):
     right.loglog(rates, rates, "k-", lw=0.7)
     right.set(xlabel="stretch rate a", ylabel="z(a) / z(1), median of clips", ylim=(0.6, 1.6),
               title="pseudo-tempo under stretch", xticks=[0.8, 1, 1.25],
-              yticks=[0.6, 0.8, 1, 1.25, 1.5])  # fmt: skip
+              yticks=[0.6, 0.8, 1, 1.25, 1.5])
     right.legend()
     left.set_xticks([50, 75, 100, 150, 200])
     for axes in (left, right):
@@ -874,7 +874,7 @@ def draw(path: Path, figure: dict, responses: dict):
 
 
 def make_encoder(name: str, sample_rate: int, n_fft: int, view_seconds: float, tcn_bands: int,
-                 tcn_frame_rate: int, **_) -> nn.Module:  # fmt: skip
+                 tcn_frame_rate: int, **_) -> nn.Module:
     """The encoder of that name, out of a run's arguments, of which there are more (_)."""
     if name == "periodicity":
         return Periodicity(sample_rate, n_fft, view_seconds)
@@ -949,10 +949,10 @@ def main(args: argparse.Namespace):
             row = f"autocorrelation, songs left out ({args.left_out_folds} of 5 folds)"
             tempi = {"best constant, 5 folds": best_constant(bpm, folds),
                      "autocorrelation of the onset strength": classical,
-                     row: np.where(np.isin(folds, leave_out), classical, np.nan)}  # fmt: skip
+                     row: np.where(np.isin(folds, leave_out), classical, np.nan)}
         for name in args.encoders:
             more, figures[seed] = compare(name, seed, clips, build, train_arm, state["kept"],
-                                          leave_out, args.fine_tune, args.workers)  # fmt: skip
+                                          leave_out, args.fine_tune, args.workers)
             tempi |= more
             save(state)
         for row, heard in tempi.items():
@@ -970,7 +970,7 @@ def main(args: argparse.Namespace):
         model.load_state_dict(state["arms"][state["kept"][name]["arm"]])
         responses[f"{name}, trained"] = stretch_response(model, clips)
     write_whole(out / "tempo.png", partial(  # of the last encoder
-        draw, figure=figures[args.seed[0]], responses=responses))  # fmt: skip
+        draw, figure=figures[args.seed[0]], responses=responses))
     end_run(out, "tempo.png", state["began"])
 
 

@@ -23,7 +23,7 @@ import common
 def test_log_mel_equals_torchaudios_transforms():
     waveform = torch.randn(3, 22050)
     mel = torchaudio.transforms.MelSpectrogram(22050, 1024, hop_length=220, f_min=30, f_max=11000,
-                                               n_mels=40, power=1.0)  # fmt: skip
+                                               n_mels=40, power=1.0)
     expected = torch.log(mel(waveform) + 1e-7)
     ours = common.LogMel(22050, 1024, 220, 40, f_min=30, f_max=11000)(waveform)
     assert ours.shape == (3, 40, 1 + 22050 // 220)
@@ -48,7 +48,7 @@ def test_log_mel_of_a_sine_peaks_in_its_band_and_silence_is_the_floor():
 @pytest.mark.parametrize("suffix, subtype, rate, channels", [
     ("wav", "PCM_U8", 8000, 1), ("wav", "PCM_16", 96000, 2), ("flac", "PCM_24", 44100, 1),
     ("ogg", "VORBIS", 44100, 2), ("aiff", "PCM_16", 22050, 1),
-    ("mp3", "MPEG_LAYER_III", 44100, 2)])  # fmt: skip
+    ("mp3", "MPEG_LAYER_III", 44100, 2)])
 def test_read_audio_gives_the_same_sine_from_any_format(tmp_path, suffix, subtype, rate, channels):
     t = np.arange(2 * rate) / rate
     sine = 0.5 * np.sin(2 * np.pi * 440 * t)
@@ -73,7 +73,7 @@ def test_a_file_that_several_links_lead_to_is_found_once(tmp_path):
 def test_names_that_are_not_utf_8_can_be_printed():
     code = "import common; common.run(lambda name: print(name), 'caf\\udce9.wav')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # fmt: skip
+                            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert result.returncode == 0 and result.stdout == "caf\\udce9.wav\n"
 
 
@@ -143,11 +143,11 @@ def test_an_excerpt_equals_the_slice_of_the_whole_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix, rate", [("wav", 22050), ("mp3", 22050), ("mp3", 44100),
-                                          ("ogg", 22050), ("opus", 24000)])  # fmt: skip
+                                          ("ogg", 22050), ("opus", 24000)])
 def test_a_file_of_minutes_is_read_as_libsndfile_decodes_it_in_one_go(tmp_path, suffix, rate):
     rng, form = np.random.default_rng(0), {"format": "OGG", "subtype": "OPUS"}
     with soundfile.SoundFile(tmp_path / f"a.{suffix}", "w", rate, 1,
-                             **(form if suffix == "opus" else {})) as file:  # fmt: skip
+                             **(form if suffix == "opus" else {})) as file:
         for _ in range(23):  # in all three times what is read at once
             file.write(0.1 * rng.standard_normal(100_000))
     whole, _ = soundfile.read(tmp_path / f"a.{suffix}", dtype="float32")
@@ -163,7 +163,7 @@ def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_pa
 
 
 @pytest.mark.parametrize("source_rate, rate", [(44100, 16000), (8000, 22050), (44101, 16000),
-                                               (22051, 22050)])  # fmt: skip
+                                               (22051, 22050)])
 def test_a_long_file_is_resampled_in_pieces_without_a_seam(source_rate, rate):
     waveform = torch.randn(source_rate * 61 + 17)
     whole = common.resampler(source_rate, rate)(waveform)
@@ -378,7 +378,7 @@ def test_the_cuda_branch_gives_the_same_ranks_and_gradients(monkeypatch):
     ((torch.ones(2), -1.0), "regularization_strength"),
     ((torch.ones(2), float("nan")), "regularization_strength"),
     ((torch.ones(2), "1"), "regularization_strength"),
-    ((torch.ones(2), 1.0, "up"), "direction")])  # fmt: skip
+    ((torch.ones(2), 1.0, "up"), "direction")])
 def test_soft_rank_names_the_bad_argument(arguments, name):
     with pytest.raises(ValueError, match=name):
         common.soft_rank(*arguments)

@@ -229,7 +229,7 @@ def test_tcn_step_is_faster_than_the_published_order_in_two_passes(capsys):
     whole, share = np.median(shares, axis=0)
     with capsys.disabled():
         print(f"\n[TCN step, published order / ours = {np.median(ratios):.1f}; with its views "
-              f"{whole:.1f}, the views {share:.0%} of ours]", end=" ")  # fmt: skip
+              f"{whole:.1f}, the views {share:.0%} of ours]", end=" ")
     assert np.median(ratios[1:]) > 1.6  # 3 on a quiet machine with two cores, less on a busy one
 
 
@@ -280,7 +280,7 @@ def test_accuracies_accept_their_edges_and_octaves():
 
 VALUE = {"namespace": "tempo", "sandbox": None, "data": [{"value": 88}]}
 BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
-         "data": [{"time": 0.5 * k} for k in range(9)]}  # fmt: skip
+         "data": [{"time": 0.5 * k} for k in range(9)]}
 
 
 @pytest.mark.parametrize("name, text, bpm", [
@@ -299,7 +299,7 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("tempo.csv", "file;bpm\nblues.00000.wav;68,5\n", 68.5),
     ("tempo.csv", "File, BPM\nblues.00000.wav, 68\n", 68),
     ("tempo.tsv", "file\tbpm\ta, b, c\nblues.00000.wav\t69\n", 69),
-    ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])  # fmt: skip
+    ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
     audio = tmp_path / "blues" / "blues.00000.wav"
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -441,7 +441,7 @@ def folder(tmp_path_factory):
 
 
 SMALL = ("--encoders", "periodicity", "--steps", 6, "--batch-size", 4, "--view-seconds", 4,
-         "--left-out-folds", 1)  # fmt: skip
+         "--left-out-folds", 1)
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +455,7 @@ def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
     assert result.returncode == 0 and result.stderr == ""
     for words in ("text.wav", "zero.wav", "short.wav: 0.1 s", "silent.wav: silent", "nan.wav: NaN",
                   "15 of 20 files", "11 of 15 files", "1 annotations fit no file",
-                  "1 hold no number"):  # fmt: skip
+                  "1 hold no number"):
         assert words in result.stdout
     begun = result.stdout.count("model  ")
     assert f"0 s left of arm {begun}/{begun}" in result.stdout  # as many arms as planned
@@ -503,7 +503,7 @@ def test_predict_without_files_scores_a_folder(finished, folder):
     ("--encoders", "lstm"), ("--lr", "inf"), ("--view-seconds", "0.1"), ("--device", "tpu"),
     ("--predict",), ("--workers", "-1"),
     ("--predict", "x.wav", "--out", "{empty}"), ("--step", "3"), ("--data", "{music}/tempo.csv"),
-    ("--data", "{music}", "--out", "{text}/results"), ("--resume", "--out", "{text}")])  # fmt: skip
+    ("--data", "{music}", "--out", "{text}/results"), ("--resume", "--out", "{text}")])
 def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -527,7 +527,7 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
 ):
     start, resume = ("--data", folder, *SMALL), ("--resume", "--workers", 0)
     for how, wanted, args in ((signal.SIGKILL, "supervised 1/6", start),
-                              (signal.SIGINT, "SSL all songs 1/6", resume)):  # fmt: skip
+                              (signal.SIGINT, "SSL all songs 1/6", resume)):
         words = [sys.executable, ROOT / "tempo_equivariant.py", "--out", tmp_path, *args]
         process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
         next(line for line in process.stdout if wanted in line)
@@ -557,9 +557,9 @@ def test_a_folder_without_truth_trains_says_what_to_fetch_and_predicts(folder, t
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                ROOT / "tempo_equivariant.py", "--data", folder, "--out", tmp_path, *SMALL,
-               "--encoders", "tcn", "--steps", 2]  # fmt: skip
+               "--encoders", "tcn", "--steps", 2]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0 and result.stderr == "", result.stderr[-2000:]
     assert result.stdout.count("autocorrelation of the onset strength") == 1
     assert (tmp_path / "results.json").exists()
@@ -576,5 +576,5 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path):
 def test_importing_the_script_trains_nothing(tmp_path):
     command = [sys.executable, "-c", "import tempo_equivariant"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir())
