@@ -378,6 +378,13 @@ def test_a_generated_track_has_its_tempo_and_is_the_same_every_time(tmp_path):
     assert before == (tmp_path / "track0003.wav").read_bytes()
 
 
+def test_notes_that_began_before_a_generated_track_ring_on_in_it(monkeypatch):
+    hiss = np.random.default_rng(0).standard_normal(RATE)  # a note of 1 s, at each of 16 ticks
+    monkeypatch.setattr(tempo, "arrange", lambda *_: (16, 4, [(np.ones(32), [[hiss]] * 4)]))
+    track = tempo.make_track(120, 4.0, np.random.default_rng(1), RATE)
+    assert track[:500].std() > 0.7 * track.std()  # of eight notes; of one it is 0.4
+
+
 def test_the_windows_of_a_file_leave_no_sample_out_whatever_its_length(tmp_path):
     size = round(tempo.WINDOW_SECONDS * RATE)
     for samples in (size - 9, size, size + 1, size + size // 5, 2 * size - 1, 5 * size + 7):
