@@ -555,8 +555,8 @@ class Periodicity(nn.Module):
 
     def read(self, h: Tensor, calibration: float) -> tuple[Tensor, Tensor]:
         """h (B, 97) -> pseudo-tempo (B,), the likeliest; (B, K) scores on BPM_AXIS: the
-        probability of calibration times the tempo, at temperature 4: where h has two octaves of a
-        tempo, which its loss lets it be too sure of, the prior shall have a say."""
+        probability of calibration times the tempo. At temperature 4: nothing in the loss keeps h
+        from being too sure of an octave, and the prior of pick_tempo shall have a say."""
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
         p = read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
         return self.axis[24:121][h.argmax(1)], p
