@@ -515,7 +515,7 @@ class Periodicity(nn.Module):
         self.context = nn.Conv1d(8, 16, 9, padding="same")
         self.to_h = nn.Conv1d(16, 1, 73, padding=12)
         bump = torch.tensor([0.3, 0.6, 0.3])
-        with torch.no_grad():  # small but for two taps, so that few seeds mix the octaves up:
+        with torch.no_grad():  # small but for two taps: fewer seeds then mix octaves up
             self.to_h.weight *= 0.3
             self.to_h.weight[:, :, 35:38] += bump  # a bin of h answers to its own tempo
             self.to_h.weight[:, :, 11:14] += 0.5 * bump  # and, weaker, to half that tempo
