@@ -178,13 +178,19 @@ class LogMel(nn.Module):
         if n_mels is not None:
             self.mel = MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1)
 
+    def magnitude(self, waveform: Tensor) -> Tensor:
+        """(B, S) -> (B, T, bins)"""
+        spectrum = self.spectrogram(waveform).transpose(1, 2)
+        return torch.hypot(spectrum.real, spectrum.imag)  # faster than a complex abs()
+
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
-        spectrum = self.spectrogram(waveform).transpose(1, 2)  # (B, T, bins)
-        magnitude = torch.hypot(spectrum.real, spectrum.imag)  # faster than a complex abs()
-        if self.mel is not None:
-            magnitude = magnitude @ self.mel.fb  # (B, T, F)
-        return magnitude.add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
+        if self.mel is None:
+            x = self.magnitude(waveform)
+        else:  # on a CPU a few at a time: to fill fresh memory with all spectra takes twice as long
+            size = max(1, 2**20 // waveform.shape[1]) if waveform.is_cpu else len(waveform)
+            x = torch.cat([self.magnitude(part) @ self.mel.fb for part in waveform.split(size)])
+        return x.add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
 
 
 # -----------------------------------------------------------------------------

@@ -37,6 +37,13 @@ def test_linear_spectrogram_equals_torchaudios_with_a_short_window():
     torch.testing.assert_close(ours, torch.log(linear(waveform) + 1e-5), atol=1e-4, rtol=0)
 
 
+def test_log_mel_of_a_long_batch_taken_apart_equals_that_of_each_waveform():
+    log_mel = common.LogMel(22050, 1024, 441, 40)
+    waveforms = torch.randn(7, 2**18)  # four at a time, and three
+    each = torch.cat([log_mel(waveform[None]) for waveform in waveforms])
+    torch.testing.assert_close(log_mel(waveforms), each, atol=1e-6, rtol=0)
+
+
 def test_log_mel_of_a_sine_peaks_in_its_band_and_silence_is_the_floor():
     log_mel = common.LogMel(16000, 1024, 160, 64, f_min=60, f_max=7800)
     sine = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)[None]
