@@ -906,7 +906,9 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     for path, tempo, second, confidence in zip(paths, *answers):
         print(f"{path}: {tempo:.1f} BPM, or {second:.0f} BPM; confidence {confidence:.2f}")
     if not np.isnan(bpm).all():
-        print(f"result {accuracies(answers[0], bpm)}")
+        score = accuracies(answers[0], bpm)
+        print(f"result accuracy1 {score['accuracy1']:.3f}, accuracy2 {score['accuracy2']:.3f} of "
+              f"{score['clips']} clips")
 
 
 def main(args: argparse.Namespace):
