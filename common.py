@@ -50,13 +50,15 @@ class AudioError(ValueError):
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     """All audio (or other) files below a folder, sorted, each once however many links lead to it,
     without the litter of unpacking."""
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
+    found, real = [], os.path.realpath
+    for where, folders, names in os.walk(folder, followlinks=True):
+        up = lambda name: Path(real(where)).is_relative_to(real(Path(where, name)))
+        folders[:] = [name for name in folders if not up(name)]  # links up: round in circles
         if not {"__MACOSX", "images_original"} & set(Path(where).parts):
             found += [Path(where, name) for name in names if not name.startswith("._")]
     found = [path for path in found if path.suffix.lower() in suffixes]
     found.sort(key=lambda path: len(path.parts), reverse=True)  # of several ways the shortest stays
-    return sorted({os.path.realpath(path): path for path in found}.values())
+    return sorted({real(path): path for path in found}.values())
 
 
 @lru_cache
@@ -95,7 +97,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     Returns:
         (S,) float32, the mean of the channels; shorter than asked where the file ends.
     Raises:
-        AudioError: the file is missing, unreadable, empty there, or holds NaN or infinity.
+        AudioError: the file is missing, unreadable, empty there, or holds NaN or what is no sound.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -111,12 +113,12 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
                 parts = file.blocks(2**20, frames=frames, **options)
             mono = [sum(part.T) / file.channels for part in parts]  # mean(1) takes far longer
             samples = np.concatenate([np.zeros(0, "float32"), *mono])
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # RuntimeError: soundfile's
+    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's too
         found = "a folder" if Path(path).is_dir() else "no such file"
         raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
     waveform = torch.from_numpy(samples)
-    if len(waveform) == 0 or not waveform.abs().max().isfinite():  # faster than all of isfinite()
-        raise AudioError(f"{path}: {'NaN or infinite samples' if len(waveform) else 'empty'}")
+    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # its square would overflow later
+        raise AudioError(f"{path}: {'NaN or samples above 1e6' if len(waveform) else 'empty'}")
     return resample(waveform, source_rate, sample_rate)
 
 
@@ -128,14 +130,14 @@ def check_audio(path, sample_rate: int, min_seconds: float) -> float | str:
         return str(error)
     seconds = len(waveform) / sample_rate
     if seconds < min_seconds:
-        return f"{path}: {seconds:.1f} s long, {min_seconds:.1f} s are needed"
+        return f"{path}: {seconds:.2f} s long, {min_seconds:.2f} s are needed"
     return f"{path}: silent" if waveform.abs().max() < 1e-5 else seconds  # -100 dB
 
 
 def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) -> dict:
     """Reads every file once: {path: seconds} of those to use; the others are named and counted."""
     check = partial(check_audio, sample_rate=sample_rate, min_seconds=min_seconds)
-    usable = {}
+    usable, paths = {}, list(dict.fromkeys(paths))
     for path, found in zip(paths, in_background(check, paths, workers, "scan")):
         if isinstance(found, str):
             print(f"skip   {found}")
@@ -472,7 +474,8 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 def save_first(state: dict):
     """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
-    checkpoint and results in its folder are put aside, unless it holds no finished arm."""
+    checkpoint and results in its folder are put aside, as `old` if it was finished, else, unless it
+    holds no finished arm, as `unfinished`."""
     checkpoint = Path(state["args"]["out"], "checkpoint.pt")
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         try:
@@ -480,12 +483,12 @@ def save_first(state: dict):
             worth = last["arms"] or last.get("rows")
         except Exception:  # whatever it is, it is not ours to lose
             worth = True
-        for file in (checkpoint, checkpoint.with_name("results.json")) if worth else ():
-            old = file.with_stem(file.stem + ".old")
-            old.unlink(missing_ok=True)  # of a run before the last
+        results = checkpoint.with_name("results.json")
+        kind = "old" if results.exists() else "unfinished"
+        for file in (results, checkpoint) if worth else ():
             if file.exists():
-                os.replace(file, old)
-                print(f"kept   the last run's {file.name} as {old}")
+                os.replace(file, aside := file.with_stem(f"{file.stem}.{kind}"))
+                print(f"kept   the last run's {file.name} as {aside}")
     state["begun"] = True
     save(state)
 

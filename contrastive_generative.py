@@ -79,7 +79,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "flatten": (0.5, 0.0, 0.0, "share of a clip's mean spectrum taken from its slices"),
     "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "slices that k-means sees, its restarts"),
 }
-LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
+LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
           "seed": (0, 2**32), "sample": (0, 100)}
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
@@ -123,9 +123,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, columns[column])
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
-            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if args.sample and not args.predict:
         parser.error("--sample needs --predict FILE")
+    if args.subset and not args.data:
+        parser.error("--subset needs --data DIR")
     args.seed = list(dict.fromkeys(args.seed))
     args.objectives = list(dict.fromkeys(args.objectives))
     return args
@@ -620,7 +622,9 @@ def score(logits: Tensor, targets: Tensor) -> dict:
     hit = truth.gather(1, logits.argmax(1, keepdim=True)).float().mean().item()
     if (truth.sum(1) == 1).all():
         return {"accuracy": hit, "clips": len(truth)}
-    ranked = truth.gather(0, logits.log_softmax(1).argsort(0, descending=True)).float()
+    tossed = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))  # equal scores
+    order = tossed[logits.log_softmax(1)[tossed].argsort(stable=True, dim=0, descending=True)]
+    ranked = truth.gather(0, order).float()
     precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)[:, None]
     average = ((precision * ranked).sum(0) / ranked.sum(0)).nanmean().item()  # nan: no such clip
     return {"mAP": average, "top1_hit": hit, "clips": len(truth)}
@@ -633,11 +637,12 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
     before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
     pairs = torch.zeros(codes + 1, codes)
     pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
+    share = pairs.sum(0) / pairs.sum()
     p = (pairs.sum(0) + 0.5) / (pairs.sum(0) + 0.5).sum()
     i, j = before(held_out), held_out[held_out >= 0]
     smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
     return {"codes_used": (pairs.sum(0) > 0).sum().item(),
-            "perplexity": (-p * p.log()).sum().exp().item(),
+            "perplexity": torch.special.entr(share).sum().exp().item(),
             "unigram": -p[j].log().mean().item(),
             "bigram": min(-q.log().mean().item() for q in smooth)}
 
@@ -715,7 +720,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     bottom[1].set_visible("generative" in features)
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
     track.imshow(codes[None], aspect="auto", cmap="prism", interpolation="nearest")
-    track.set(xticks=[], yticks=[], xlabel="its codes, a colour each")
+    track.set(xticks=[], yticks=[], xlabel="its codes as colours")
     counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
     bottom[2].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues")
     bottom[2].set(title=title, xlabel="answer", ylabel="class")
@@ -827,7 +832,9 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     longest = max(WINDOW, SAMPLE_RATE * max(seconds for _, seconds, *_ in clips))  # samples
-    args.context = min(args.context, int(longest / args.hop_length) // 2)  # all places are trained
+    # all places are trained, and of windows of a view, whose last state embed() reads, one more
+    most = max(int(longest / args.hop_length) // 2, WINDOW // args.hop_length // 2 + 1)
+    args.context = min(args.context, most)
     state["args"]["context"] = args.context
     state["classes"], rows_of = classes, state.setdefault("rows", {})
     save_first(state)

@@ -71,7 +71,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "network": ("small", "small", "alexnet", "small: convolutions over time; alexnet: the paper's"),
     "hidden": (256, 256, 512, "width of the MLP's first layer, twice that of its second"),
 }
-LIMITS = {"steps": (1, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
+LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
           "label_counts": (20, 10**7), "hidden": (2, 10**5), "bands": (1, 60), "slices": (1, 12),
           "workers": (0, 64)}
 SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
@@ -109,7 +109,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, columns[("demo", "data", "paper").index(args.setting)])
     for name, (low, high) in LIMITS.items():
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
-            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
         parser.error("--bands and --slices must be as many, and give 2 patches or more")
     if args.predict == [] and not args.data:
@@ -208,12 +208,20 @@ Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, 
 
 def read_labels(file: Path) -> dict[str, tuple]:
     """{name of a note: (family, instrument, pitch)} from an examples.json; {} if it is none."""
+    labels, broken = {}, 0
     try:
-        return {name: (int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"]))
-                for name, r in json.loads(file.read_text()).items()}
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        records = json.loads(file.read_text()).items()
+    except (AttributeError, OSError, ValueError) as error:
         print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
         return {}
+    for name, r in records:
+        try:
+            labels[name] = int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"])
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            broken += 1
+    if broken:
+        print(f"skip   {file}: {broken} of {len(records)} notes lack a family or pitch")
+    return labels
 
 
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
@@ -244,10 +252,10 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
             notes["train" if tenth < 7 else "valid" if tenth == 7 else "test"].append(note)
     for split, part in notes.items():
         present = {note.family for note in part}
-        absent = [name for i, name in enumerate(FAMILIES) if i not in present] or ["no family"]
+        absent = [name for i, name in enumerate(FAMILIES) if i not in present]
         if part:
             print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
-                  f"instruments, without {', '.join(absent)}")
+                  f"instruments; families without a note: {', '.join(absent) or 'none'}")
     held_out = lambda note: random_key("seen", Path(note.path).stem) % 6 == 0
     thin = lambda part: part[:: len(part) // 2000 + 1]  # at most 2000, of all families
     notes["seen"] = thin([note for note in notes["train"] if held_out(note)])
@@ -349,7 +357,7 @@ def alexnet_encoder(height: int) -> nn.Module:
 NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds, frames averaged, embedding
     "small": (small_encoder, 64, 512, 0.1, 1.0, 4, "patches"),
     "alexnet": (alexnet_encoder, 1024, 4096, 0.5, 4.0, 1, "joint"),
-}  # seconds: of a note, that are shuffled; up to twice is embedded
+}  # seconds: of a note, that are shuffled
 
 
 class ContextFreeNetwork(nn.Module):
@@ -360,6 +368,7 @@ class ContextFreeNetwork(nn.Module):
         super().__init__()
         encoder, E, width, dropout, self.seconds, self.averaged, self.embedding = NETWORKS[network]
         self.grid, n = (bands, slices), bands * slices
+        self.heard = min(4.0, 2 * self.seconds)  # seconds of a note that are embedded
         # windows of 25 ms every 10 ms, 513 bins
         self.front_end = LogMel(SAMPLE_RATE, 1024, 160, None, win_length=400, floor=1e-5)
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
@@ -488,7 +497,7 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     features, first = {}, 0
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
-    load = partial(load_views, seconds=min(4.0, 2 * some.seconds))
+    load = partial(load_views, seconds=some.heard)
     for waveform in in_background(load, batches, workers, "embed"):
         waveform = waveform.to(some.fixed.device)
         frames = some.front_end(waveform)  # (B, F, T)
@@ -647,10 +656,14 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     if not state["kept"]:
         die(f"{checkpoint}: nothing is scored yet; go on with --resume, or train on labels")
     print(f"model  {state['kept']['arm']}, the best on validation")
-    notes = [Note(path, s) for path, s in scan_audio(files, SAMPLE_RATE, 0.25, workers).items()]
+    model, trained, notes = load_kept(state, device), state["args"], []
+    for path, seconds in scan_audio(files, SAMPLE_RATE, 0.25, workers).items():
+        if load_view(path, 0.0, model.heard).abs().max() < 1e-5:
+            print(f"skip   {path}: silent in its first {model.heard:g} s, which are what is heard")
+        else:
+            notes.append(Note(path, seconds))
     if not notes:
         die("none of these files can be used")
-    model, trained = load_kept(state, device), state["args"]
     x = embed({"kept": model}, notes, workers)["kept"]  # (N, D)
     heads = nn.ModuleList([make_head(x.shape[1], trained["hidden"], n) for n in (len(FAMILIES), 1)])
     heads.load_state_dict(state["kept"]["heads"])

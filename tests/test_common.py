@@ -72,7 +72,8 @@ def test_read_audio_gives_the_same_sine_from_any_format(tmp_path, suffix, subtyp
 def test_a_file_that_several_links_lead_to_is_found_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.wav").touch()
-    (tmp_path / "a" / "itself").symlink_to(tmp_path / "a")
+    for link in ("itself", "again", "and again"):  # ways around multiply
+        (tmp_path / "a" / link).symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert common.find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
 
@@ -108,10 +109,10 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
         common.save_first(common.open_run(arguments, "test"))
         assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
         assert (tmp_path / "results.old.json").read_text() == "its results"
-    checkpoint.write_text("something else")
+    checkpoint.write_text("an unfinished run's, of another version")
     common.save_first(common.open_run(arguments, "test"))
-    assert old.read_text() == "something else"
-    assert not (tmp_path / "results.old.json").exists()  # what was put aside is of one run
+    assert "unfinished" in (tmp_path / "checkpoint.unfinished.pt").read_text()
+    assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}  # the finished run stays
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
@@ -184,8 +185,10 @@ def test_unusable_files_raise_one_line_that_names_them(tmp_path):
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 8000)
     soundfile.write(tmp_path / "slow.wav", np.ones(100), 8)
     (tmp_path / "folder.wav").mkdir()
-    bad = ("text", "zero", "nan", "none", "slow", "missing", "folder")
-    for name in (f"{word}.wav" for word in bad):
+    soundfile.write(tmp_path / "huge.wav", np.array([0.1, 1e20, 0.2]), 8000, subtype="FLOAT")
+    (tmp_path / "samples.raw").write_bytes(bytes(100))
+    bad = ("text", "zero", "nan", "none", "slow", "missing", "folder", "huge")
+    for name in (*(f"{word}.wav" for word in bad), "samples.raw"):
         with pytest.raises(ValueError, match=name) as error:
             common.read_audio(tmp_path / name, 8000)
         assert "\n" not in str(error.value)
@@ -219,7 +222,8 @@ def test_scan_keeps_the_usable_files_and_names_the_others(tmp_path, capsys):
     assert [p.name for p in paths] == ["good.wav", "short.wav", "silent.wav"]
     assert common.scan_audio(paths, 8000, 1.0, workers=0) == {paths[0]: 2.0}
     out = capsys.readouterr().out
-    assert "short.wav: 0.1 s" in out and "silent.wav: silent" in out and "1 of 3 files" in out
+    assert "short.wav: 0.10 s long, 1.00 s" in out and "silent.wav: silent" in out
+    assert "1 of 3 files" in out
 
 
 # soft_rank

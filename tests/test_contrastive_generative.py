@@ -230,6 +230,14 @@ def test_map_equals_its_definition():
     assert script.score(logits, targets)["mAP"] == pytest.approx(np.mean(slow), rel=1e-5)
 
 
+def test_map_of_equal_scores_is_about_the_share_of_a_class_in_any_order_of_clips():
+    targets = torch.zeros(2000, 2)
+    targets[:500, 0] = targets[1200:, 1] = 1  # all of a class side by side
+    targets[:, 1] += targets.sum(1) == 0
+    targets[0] = 1
+    assert script.score(torch.zeros(2000, 2), targets)["mAP"] == pytest.approx(0.5, abs=0.03)
+
+
 def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
     cycle = torch.arange(4).repeat(10, 25)
     found = script.count_codes(cycle, cycle, 4)
@@ -239,6 +247,7 @@ def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
         math.log(4), rel=0.01
     )  # nothing to know
     assert found["codes_used"] == 4 and found["perplexity"] == pytest.approx(4, rel=1e-3)
+    assert script.count_codes(0 * cycle, cycle, 256)["perplexity"] == 1
 
 
 # Layouts

@@ -273,7 +273,7 @@ def test_a_note_is_the_same_every_time_and_has_its_pitch(tmp_path):
 def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folder, capsys):
     notes, out = P.load_notes(folder, 0), capsys.readouterr().out
     assert "not audio" not in out and "silent" in out and out.count("skip") == 2
-    assert "51 notes; 3 have no audio" in out and "without synth_lead, vocal" in out
+    assert "51 notes; 3 have no audio" in out and "without a note: synth_lead, vocal" in out
     assert {k: len(v) for k, v in notes.items() if k in ("valid", "unseen", "unlabelled")} == {
         "valid": 10,
         "unseen": 20,
@@ -368,6 +368,14 @@ def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, 
     assert run("--out", finished[1], "--predict", files[0]).returncode == 2
 
 
+def test_predict_names_a_file_whose_sound_begins_behind_what_is_heard(finished, tmp_path):
+    soundfile.write(tmp_path / "late.wav", np.r_[np.zeros(40000), np.ones(16000)], 16000)
+    soundfile.write(tmp_path / "note.wav", np.sin(np.arange(32000)), 16000)
+    result = run("--out", finished[1], "--predict", tmp_path / "late.wav", tmp_path / "note.wav")
+    assert "late.wav: silent in its first 2 s" in result.stdout
+    assert result.returncode == 0 and result.stdout.count("(MIDI ") == 1
+
+
 def test_predict_without_files_scores_the_encoders_as_they_are_on_a_folder(finished, folder):
     before = (finished[1] / "checkpoint.pt").read_bytes()
     args = ("--out", finished[1], "--predict", "--label-counts", "20", "--data")
@@ -433,6 +441,15 @@ def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path
     result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL)
     assert result.returncode == 0 and "examples.json: not NSynth's labels" in result.stdout
     assert "no scores" in result.stdout and "partial_ranks" in result.stdout
+
+
+def test_a_record_without_a_label_is_counted_and_the_others_stay(tmp_path, capsys):
+    whole = {"instrument_family": 3, "instrument": 7, "pitch": 60}
+    broken = {"b": {**whole, "pitch": None}, "c": {"pitch": 60}, "d": "text"}
+    records = {"a": whole, **broken, "e": whole}
+    (tmp_path / "examples.json").write_text(json.dumps(records))
+    assert P.read_labels(tmp_path / "examples.json") == {"a": (3, 7, 60), "e": (3, 7, 60)}
+    assert "3 of 5 notes" in capsys.readouterr().out
 
 
 def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatch):

@@ -480,7 +480,7 @@ def finished(folder, tmp_path_factory):
 def test_a_run_names_bad_files_goes_on_and_writes_its_results(finished):
     result, out = finished
     assert result.returncode == 0 and result.stderr == ""
-    for words in ("text.wav", "zero.wav", "short.wav: 0.1 s", "silent.wav: silent", "nan.wav: NaN",
+    for words in ("text.wav", "zero.wav", "short.wav: 0.10 s", "silent.wav: silent", "nan.wav: NaN",
                   "15 of 20 files", "11 of 15 files", "1 annotations fit no file",
                   "1 hold no number"):
         assert words in result.stdout
