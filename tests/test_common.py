@@ -220,7 +220,7 @@ def test_scan_keeps_the_usable_files_and_names_the_others(tmp_path, capsys):
     (tmp_path / "._good.wav").write_text("")
     paths = common.find_audio(tmp_path)
     assert [p.name for p in paths] == ["good.wav", "short.wav", "silent.wav"]
-    assert common.scan_audio(paths, 8000, 1.0, workers=0) == {paths[0]: 2.0}
+    assert common.scan_audio([*paths, paths[0]], 8000, 1.0, workers=0) == {paths[0]: 2.0}
     out = capsys.readouterr().out
     assert "short.wav: 0.10 s long, 1.00 s" in out and "silent.wav: silent" in out
     assert "1 of 3 files" in out

@@ -510,6 +510,7 @@ def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
         ("--batch-size", "1"),
         ("--data", "{two}"),
         ("--data", "{two}", "--subset", "esc10"),
+        ("--subset", "esc10"),
     ],
 )
 def test_what_a_user_can_do_wrong_ends_in_one_line_and_exit_code_2(tmp_path, folder, args, capsys):
@@ -546,6 +547,17 @@ def test_a_folder_without_classes_pre_trains_and_says_that_it_cannot_score(tmp_p
     assert run("--out", tmp_path, "--predict", tmp_path / "flat" / "1.wav").returncode == 2
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["kept"]
     assert len(kept["models"]["code_model.place.weight"]) == 30 + 1  # 1.2 s, no place untrained
+
+
+def test_of_clips_no_longer_than_a_view_no_state_is_read_whose_place_is_not_trained(tmp_path):
+    for k in range(16):
+        (tmp_path / f"class{k % 2}").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"class{k % 2}/{k}.wav", sound("beat", 1.0, k), 22050)
+    result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL, "--folds", 1)
+    assert result.returncode == 0, result.stderr
+    args = json.loads((tmp_path / "out/results.json").read_text())["args"]
+    read = script.WINDOW // args["hop_length"] // 2  # codes of a window; state k has seen k codes
+    assert args["context"] - 1 >= read  # forward() drops the last state: its place learns nothing
 
 
 def test_importing_the_script_trains_nothing(tmp_path):
