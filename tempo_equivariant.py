@@ -31,9 +31,9 @@ Differences from the paper (its body could not be had: "paper" is its released c
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
   fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
   "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
-- Views are shorter than the windows of 13.6 s that a file is read in (the same). Windows overlap by
-  half or so, none is dropped. Arg max of their mean; the code takes the slower of the two best
-  classes: half the tempo wherever the octave is in doubt. 1/3 is not 0.33.
+- Files are read in windows of 13.6 s, longer than views (as long), which overlap and reach the end
+  (side by side, the rest is dropped). The tempo is the arg max of their mean (the slower of the two
+  best classes: half the tempo wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
 - Ours beside it: the periodicity encoder on flux views, with a weak bond between tracks (`TIE`),
   and the label-free read-out: one constant from drum loops, its octave and a prior about 120 BPM.
 
@@ -159,7 +159,7 @@ def notes(banks: list, seconds: float, rng, sample_rate: int) -> list[list[np.nd
 
 def arrange(bpm: float, rng, sample_rate: int) -> tuple[int, int, list]:
     """A random piece at `bpm`: ticks in a bar, ticks in a beat, and its parts, drums, bass, chords
-    and melody, some of them silent: the loudness at each tick of two bars, and the sounds to choose
+    and melody, less those left out: the loudness at each tick of two bars, and the sounds to choose
     from under each of four chords."""
     beats, ticks = rng.choice([4] * 8 + [3]), rng.choice([4] * 15 + [3])  # in a bar, in a beat
     bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
@@ -259,6 +259,7 @@ def read_truth(path: Path) -> list[tuple]:
     """(track name, BPM, song or '') of each track in an annotation file; [] if it is none."""
     data, kind = path.read_bytes(), path.suffix.lower()
     text = data.decode(json.detect_encoding(data), "replace")  # UTF-8, or a UTF-16 of Windows
+    text = text.lstrip("\r\n")
     gap = lambda times: np.median(np.diff(np.array(times, float))) if times[1:] else 0
     beat_tempo = lambda times: 60 / gap(times) if gap(times) else 0
     if kind == ".bpm":  # the first token
@@ -282,17 +283,18 @@ def read_truth(path: Path) -> list[tuple]:
         rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
         if {"file", "bpm"} <= set(rows.fieldnames):
-            return [((r["file"] or "").strip(), (r["bpm"] or "").replace(",", "."),  # 68,5 beside ;
-                     r.get("song") or r.get("origin") or "") for r in rows]
+            return [((r["file"] or "").strip(), r["bpm"], r.get("song") or r.get("origin") or "")
+                    for r in rows]
     return []  # a table of something else
 
 
 def to_bpm(value) -> float:
     """A number above 0, or nan for whatever else an annotation holds."""
     try:
-        return float(value) if 0 < float(value) < math.inf else math.nan
-    except (TypeError, ValueError, OverflowError):
+        number = float(str(value).replace(",", "."))  # 68,5 beside a semicolon
+    except ValueError:
         return math.nan
+    return number if 0 < number < math.inf else math.nan
 
 
 def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]:
@@ -312,8 +314,8 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
                 print(f"skip   {file}: not an annotation ({type(e).__name__})")
                 continue
             for name, value, song in rows:
-                places = [os.path.normpath(base / name) for base in (folder, file.parent)]
-                meant = next((named[n] for n in (*places, track_key(name)) if n in named), [])
+                meant = (named[os.path.normpath(folder / name)]
+                         or named[os.path.normpath(file.parent / name)] or named[track_key(name)])
                 if len(meant) > 1:  # of one name: the one beside the annotation
                     meant = [path for path in meant if path.parent == file.parent]
                 bpm = to_bpm(value)
@@ -357,17 +359,18 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
     """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it:
     (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views then the second; (2B,) BPM
     of these views, nan where unknown."""
-    waveform, views = torch.zeros(len(items), round(seconds * sample_rate)), []  # (B, S)
+    waveform = torch.zeros(len(items), round(seconds * sample_rate))  # (B, S)
+    bpm, rates = [], []
     for row, item in zip(waveform, items):
         rng = np.random.default_rng(random_key(arm, step, item))
         clip = clips[rng.integers(len(clips))]
         start = rng.uniform(0, max(0, clip.seconds - seconds))
         excerpt = read_audio(clip.path, sample_rate, start, seconds)[: len(row)]
         row[: len(excerpt)] = excerpt  # by rounding a few samples short at most
-        rate = torch.tensor(np.exp(rng.uniform(-1, 1, 2) * math.log(max_stretch))).float()
-        views.append((rate, clip.bpm * rate))
-    rate, bpm = (torch.stack(column).T.flatten() for column in zip(*views))  # (B, 2) -> (2B,)
-    return waveform, rate, bpm
+        bpm.append(clip.bpm)
+        rates.append(np.exp(rng.uniform(-1, 1, 2) * math.log(max_stretch)))
+    rate = torch.tensor(np.array(rates)).float().T.flatten()  # (B, 2) -> (2B,)
+    return waveform, rate, torch.tensor(bpm).repeat(2) * rate
 
 
 # -----------------------------------------------------------------------------
@@ -384,26 +387,25 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     one best (least squares, searched at about 5.5 kHz).
 
     Args:
-        waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,), V a multiple of B: view v is of
-            clip v mod B. samples: length wanted.
+        waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,) up to 1.48, V a multiple of B:
+            view v is of clip v mod B. samples: length wanted.
     Returns:
         (V, samples); at rate 1 the waveform itself, later by the overlap.
     """
     clip = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,)
     coarse = round(sample_rate / 5500)
-    low = waveform.unfold(1, coarse, coarse).mean(2)[clip]  # (V, S / coarse): for the search
+    low = waveform.unfold(1, coarse, coarse).mean(2)  # (B, S / coarse): for the search
     segment = round(0.082 * sample_rate / coarse)  # lengths in its samples up to `starts`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
     steps = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
-    wanted = (rate[:, None] * hop * steps).long().clamp(max=low.shape[1] - segment - search)
-    span = torch.arange(search + overlap - 1, device=rate.device)
-    near = low.gather(1, (wanted[:, :, None] + span).flatten(1))  # around each segment's beginning
-    near = near.unflatten(1, (-1, len(span))).unfold(2, overlap, 1)  # (V, count, search, overlap)
-    starts, end = [wanted[:, 0]], hop + span[:overlap]
+    wanted = (rate[:, None] * hop * steps).long()  # (V, count)
+    strips = low.unfold(1, overlap, 1)  # (B, ., overlap): one from each sample on
+    later, starts = torch.arange(search, device=rate.device), [wanted[:, 0]]
     for k in range(1, len(steps)):  # over segments: each continues the one before
-        last = low.gather(1, starts[-1][:, None] + end)  # (V, overlap)
-        distance = (near[:, k] - last[:, None]).square_().sum(2)  # (V, search)
+        last = strips[clip, starts[-1] + hop]  # (V, overlap): how the one before ends
+        near = strips[clip[:, None], wanted[:, k, None] + later]  # (V, search, overlap)
+        distance = (near - last[:, None]).square_().sum(2)  # (V, search)
         starts.append(wanted[:, k] + distance.argmin(1))
     segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
     starts = torch.stack(starts, 1) * coarse  # (V, count)
@@ -418,8 +420,7 @@ def read_at(values: Tensor, at: Tensor) -> Tensor:
     """values (..., N) at fractional positions (..., T) on the last axis, interpolated linearly."""
     at = at.expand(*values.shape[:-1], -1)
     below = at.long().clamp(0, values.shape[-1] - 2)
-    weight = (at - below).to(values.dtype)
-    return torch.lerp(values.gather(-1, below), values.gather(-1, below + 1), weight)
+    return torch.lerp(values.gather(-1, below), values.gather(-1, below + 1), at - below)
 
 
 # -----------------------------------------------------------------------------
@@ -443,7 +444,7 @@ class TCN(nn.Module):
 
     Same values as its layers in the published order, but faster: the maximum before the ELU (which
     rises), the gain of the input's batch norm inside the first convolution (so that no gradient of
-    the input is needed), channels-last memory, both views in one pass.
+    the input is needed), channels-last memory.
     """
 
     def __init__(self, sample_rate: int, n_fft: int, seconds: float, bands: int, frame_rate: int):
@@ -464,7 +465,6 @@ class TCN(nn.Module):
             nn.init.orthogonal_(block.shortcut.weight, 0.87)
             nn.init.orthogonal_(block.mix.weight, 0.7)
 
-    @torch.no_grad()
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
         """(B, S), (2B,) rates -> (2B, F, T) views, stretched by WSOLA; with no rates (B, F, T)."""
         if rate is not None:
@@ -521,11 +521,10 @@ class Periodicity(nn.Module):
             self.to_h.weight[:, :, 35:38] += bump  # a bin of h answers to its own tempo
             self.to_h.weight[:, :, 11:14] += 0.5 * bump  # and, weaker, to half that tempo
 
-    @torch.no_grad()
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
-        """(B, S), (2B,) rates -> (2B, F, T) views; with no rates (B, F, T of the clip): a log-mel
-        read at stretched positions, blurred in time by a random amount, and only its rises kept. On
-        plain log-mel a network reads the rate off decays and off the blur of the interpolation."""
+        """(B, S), (2B,) rates -> (2B, F, T - 1) views: a log-mel read at T stretched positions,
+        blurred in time by a random amount, and only its rises kept. On plain log-mel a network
+        reads the rate off decays and off the blur. With no rates: the rises of the whole clip."""
         x = self.log_mel(waveform)  # (B, F, T of the clip)
         if rate is not None:
             x, rate = x.repeat(2, 1, 1), rate[:, None]
@@ -542,12 +541,13 @@ class Periodicity(nn.Module):
         """(B, F, T) -> logits h (B, 97) of 30 to 480 BPM."""
         x = self.blocks(F.elu(self.conv(x[:, :, None])))[:, :, 0].float()  # (B, 8, T)
         window = torch.hann_window(x.shape[2], periodic=False, device=x.device).sqrt()
+        # 2048: views of up to 36 s and the longest lag, or it would wrap round
         fourier = torch.fft.rfft((x - x.mean(2, keepdim=True)) * window, 2048)  # (B, 8, 1025)
-        power = torch.view_as_real(fourier).square().sum(-1)
+        power = fourier.real.square() + fourier.imag.square()
         correlation = torch.fft.irfft(power)  # (B, 8, 2048) by lag (Wiener and Khinchin)
-        beats = self.axis / 60 / 50  # (K,) a frame; 1 / beats is their lag, 2048 beats their bin
+        beats = self.axis / 60 / 50  # (K,) per frame: periods of 1 / beats frames
         periodic = read_at(correlation / (correlation[:, :, :1] + 1e-4), 1 / beats)  # (B, 8, K)
-        spectral = (read_at(power, 2048 * beats) + 1e-6).sqrt()
+        spectral = (read_at(power, 2048 * beats) + 1e-6).sqrt()  # bin 2048 f is frequency f
         spectral = spectral / (spectral.mean(2, keepdim=True) + 1e-4)
         return self.to_h(F.elu(self.context(F.relu(periodic) * spectral)))[:, 0]
 
@@ -586,8 +586,9 @@ def tempo_ratio_loss(z_i: Tensor, z_j: Tensor, rate_i: Tensor, rate_j: Tensor) -
     The clip's unknown tempo cancels, and so does the scale of z: no negatives, and z = 0 is no
     refuge. A constant z pays for z_i/z_j = 1. Raises ValueError unless all are (B,).
     """
-    if not z_i.shape == z_j.shape == rate_i.shape == rate_j.shape == (len(z_i),):
-        raise ValueError(f"tempo_ratio_loss needs (B,) four times: got {z_i.shape}, {rate_i.shape}")
+    shapes = [tuple(x.shape) for x in (z_i, z_j, rate_i, rate_j)]
+    if shapes != 4 * [(z_i.numel(),)]:
+        raise ValueError(f"tempo_ratio_loss needs (B,) four times: got {shapes}")
     q, r = z_i / z_j, rate_i / rate_j
     return 0.5 * ((q - r).abs() + (1 / q - 1 / r).abs()).mean()
 
@@ -595,8 +596,9 @@ def tempo_ratio_loss(z_i: Tensor, z_j: Tensor, rate_i: Tensor, rate_j: Tensor) -
 def pretext_loss(z: Tensor, rate: Tensor, bpm: Tensor, tie: float) -> Tensor:
     """The ratio loss of (2B,) views, first views first (BPM unused), and ours: `tie` times the mean
     distance of ln(z/a) from its median over the batch, which the ratio leaves free."""
-    loss, v = tempo_ratio_loss(*z.chunk(2), *rate.chunk(2)), z.abs().log() - rate.log()
-    return loss + tie * (v - v.median().detach()).abs().mean() if tie else loss
+    v = z.abs().log() - rate.log()
+    bond = (v - v.median().detach()).abs().mean()
+    return tempo_ratio_loss(*z.chunk(2), *rate.chunk(2)) + tie * bond
 
 
 def tempo_targets(bpm: Tensor) -> Tensor:
@@ -612,7 +614,8 @@ def tempo_targets(bpm: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
           max_stretch: float, workers: int, state: dict):
     """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
-    history, encoder = deque(maxlen=20), getattr(model, "encoder", model)  # a classifier's, or it
+    encoder = getattr(model, "encoder", model)  # a classifier's, or the model itself
+    history = deque(maxlen=20)  # of the last steps: outputs, rates, BPM
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
                    seconds=encoder.seconds * max_stretch + 0.2, sample_rate=encoder.sample_rate)
     monitor = partial(describe, history) if encoder is model else None  # of z
@@ -633,7 +636,7 @@ def describe(history: deque) -> str:
     """What the loss cannot show, of the last steps: reading off the stretch pays too."""
     z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * 20,)
     z_i, z_j, a_i, a_j = *z.chunk(2), *rate.chunk(2)  # of the first views, of the second
-    loss, constant = (tempo_ratio_loss(x, y, a_i, a_j) for x, y in ((z_i, z_j), (z_i, z_i)))
+    loss, constant = tempo_ratio_loss(z_i, z_j, a_i, a_j), tempo_ratio_loss(z_i, z_i, a_i, a_j)
     r = (a_i / a_j).log()
     slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
     text = f"ratio loss {loss:.4f} (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g}"
@@ -651,7 +654,7 @@ def describe(history: deque) -> str:
 def accuracies(estimates, bpm) -> dict:
     """Accuracy 1: within 4 % of the truth, edges included; 2: or of its 2, 3, 1/2, 1/3 fold. What
     is nan on either side is not counted."""
-    ratio = np.asarray(estimates, float) / np.asarray(bpm, float)
+    ratio = np.divide(estimates, bpm)
     ratio = ratio[~np.isnan(ratio)]
     hits = [np.abs(ratio / fold - 1) <= 0.04 + 1e-9 for fold in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"accuracy1": float(hits[0].mean()), "accuracy2": float(np.any(hits, 0).mean()),
@@ -659,7 +662,7 @@ def accuracies(estimates, bpm) -> dict:
 
 
 def load_windows(path: str, sample_rate: int) -> Tensor:
-    """A whole file in overlapping windows of 13.6 s, (-, S); a shorter file is one of them."""
+    """A whole file in overlapping windows of 13.6 s: (windows, S); one if it is shorter."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     spare = max(0, len(waveform) - size)
     more = max(round(2 * spare / size), spare > 0)  # at least one where a single one leaves a rest
@@ -684,12 +687,6 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     return torch.cat([*h, answer()]), torch.tensor(clip)
 
 
-def mean_of_clips(scores: Tensor, clip: Tensor) -> Tensor:
-    """(N, K) scores of windows -> (n, K), their means over each clip's windows."""
-    total = scores.new_zeros(int(clip.max()) + 1, scores.shape[1]).index_add_(0, clip, scores)
-    return total / clip.bincount()[:, None]
-
-
 def song_folds(clips: list, seed: int) -> np.ndarray:
     """(n,) fold 0 to 4 of each clip; all excerpts of a song are in one."""
     songs = sorted({clip.song for clip in clips})
@@ -704,12 +701,11 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
     """(n,) BPM of the clips in the folds `test`, nan elsewhere, by a head of 300 classes fitted to
     the frozen h of the other folds: the likeliest, after the mean over a clip's windows."""
     estimates, known = np.full(len(bpm), np.nan), ~np.isnan(bpm)
-    if not known.any():
-        return estimates
     for fold in test:
         fit = torch.tensor((folds != fold) & known)[clip]  # (N,)
         head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]))
-        likeliest = mean_of_clips(head(h).softmax(1), clip)[:, 1:].argmax(1).numpy() + 1
+        mean = torch.segment_reduce(head(h).softmax(1), "mean", lengths=clip.bincount())  # (n, 300)
+        likeliest = mean[:, 1:].argmax(1).numpy() + 1
         estimates = np.where(folds == fold, likeliest, estimates)
     return estimates
 
@@ -739,8 +735,9 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
 
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n, K) scores on BPM_AXIS -> (n,) BPM, second candidates, shares of the first: times the
-    prior, arg max, refined by a parabola through logarithms; the second is over 0.3 octaves off."""
+    """(n, K) scores on BPM_AXIS, times the prior -> (n,) BPM of the peak, read between bins off a
+    parabola through three logarithms; (n,) BPM of the best bin over 0.3 octaves from it; (n,) share
+    of the peak's three bins in the sum: the confidence."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
@@ -757,7 +754,7 @@ def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def label_free_tempi(model: nn.Module, h: Tensor, clip: Tensor, calibration: float):
     """(n,) BPM, second candidates and confidences, from the mean over each clip's windows."""
     scores = model.read(h.to(next(model.parameters()).device), calibration)[1].cpu()
-    return pick_tempo(mean_of_clips(scores, clip))
+    return pick_tempo(torch.segment_reduce(scores, "mean", lengths=clip.bincount()))
 
 
 def autocorrelation_tempo(path: str, sample_rate: int, n_fft: int) -> float:
@@ -788,10 +785,10 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     fine-tuned, and kept if no seed's is yet."""
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
-    known, left_out = ~np.isnan(bpm), np.full(len(clips), np.nan)
+    known, left_out, rows = ~np.isnan(bpm), np.full(len(clips), np.nan), {}
 
     def with_labels(kind, encoder):
-        """Trains all weights on the labels of folds 1 to 4: (n,) BPM of fold 0."""
+        """Trains all weights on labels of folds 1 to 4, fits a new head: (n,) BPM of fold 0."""
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         loss = lambda logits, rate, truth: F.cross_entropy(logits, tempo_targets(truth))
         train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
@@ -799,9 +796,9 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
 
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
-    rows = {f"{name}, random encoder + head": head_tempi(h, clip, bpm, folds)}
     random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
+        rows[f"{name}, random encoder + head"] = head_tempi(h, clip, bpm, folds)
         rows[f"{name}, supervised + head, fold 0"] = with_labels("supervised", encoder)
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
@@ -814,19 +811,19 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
         left_out = np.where(heard, left_out, tempi)
         if fold == leave_out[0]:
             kept.setdefault(name, {"arm": pretext, "calibration": calibration})
-            rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
             shown = ~heard if fold >= 0 else heard  # the songs left out, or all
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
-            if fine_tune and known.any():
+            if known.any():
+                rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
+            if known.any() and fine_tune:
                 torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
                 row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
                 rows[row] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
-    count = sum(fold >= 0 for fold in leave_out)
-    rows[f"{name}, random label-free, songs left out ({count} of 5 folds)"] = np.where(
-        np.isnan(left_out), np.nan, random)
-    rows[f"{name}, SSL label-free, songs left out ({count} of 5 folds)"] = left_out
+    what = f"label-free, songs left out ({sum(fold >= 0 for fold in leave_out)} of 5 folds)"
+    rows[f"{name}, random {what}"] = np.where(np.isnan(left_out), np.nan, random)
+    rows[f"{name}, SSL {what}"] = left_out
     return rows, figure
 
 
@@ -866,7 +863,7 @@ def draw(path: Path, name: str, figure: dict, responses: dict):
         left.legend()
     for label, (rates, response) in responses.items():
         right.loglog(rates, response, "o-" if "trained" in label else "x:", label=label)
-    right.loglog(rates, rates, "k-", lw=0.7)
+    right.loglog([0.8, 1.25], [0.8, 1.25], "k-", lw=0.7)
     right.set(xlabel="stretch rate a", ylabel="z(a) / z(1), median of clips", ylim=(0.6, 1.6),
               title="pseudo-tempo under stretch", xticks=[0.8, 1, 1.25],
               yticks=[0.6, 0.8, 1, 1.25, 1.5])
