@@ -8,7 +8,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -52,12 +51,12 @@ def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     without the litter of unpacking."""
     found, real = [], os.path.realpath
     for where, folders, names in os.walk(folder, followlinks=True):
-        up = lambda name: Path(real(where)).is_relative_to(real(Path(where, name)))
-        folders[:] = [name for name in folders if not up(name)]  # links up: round in circles
-        if not {"__MACOSX", "images_original"} & set(Path(where).parts):
-            found += [Path(where, name) for name in names if not name.startswith("._")]
+        here = Path(real(where))  # below it is no litter, and no link up, round in circles
+        folders[:] = [name for name in folders if name not in ("__MACOSX", "images_original")
+                      and not here.is_relative_to(real(Path(where, name)))]
+        found += [Path(where, name) for name in names if not name.startswith("._")]
     found = [path for path in found if path.suffix.lower() in suffixes]
-    found.sort(key=lambda path: len(path.parts), reverse=True)  # of several ways the shortest stays
+    found.sort(key=lambda path: (len(path.parts), path), reverse=True)  # the shortest way stays
     return sorted({real(path): path for path in found}.values())
 
 
@@ -78,8 +77,8 @@ def resample(waveform: Tensor, source_rate: int, sample_rate: int) -> Tensor:
     up, down = transform.new_freq, transform.orig_freq  # in lowest terms
     if up == down:
         return waveform
-    piece = -(-60 * source_rate // down) * down  # samples, a multiple of `down`
-    margin = -(-transform.width // down) * down
+    piece = math.ceil(60 * source_rate / down) * down  # samples, a multiple of `down`
+    margin = math.ceil(transform.width / down) * down
     pieces = []
     for first in range(0, len(waveform), piece):
         before = min(first, margin)
@@ -106,7 +105,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
                 raise ValueError(f"{source_rate} samples per second")
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
             options = {"dtype": "float32", "always_2d": True}
-            if file.format == "MP3":  # sample-exact from the start and in one go alone
+            if file.format == "MP3":  # exact to the sample only if read from the start in one go
                 parts = [file.read(-1 if frames < 0 else first + frames, **options)[first:]]
             else:  # in parts: the channels of an hour are not held at once
                 file.seek(min(first, file.frames))
@@ -117,7 +116,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
         found = "a folder" if Path(path).is_dir() else "no such file"
         raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
     waveform = torch.from_numpy(samples)
-    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # its square would overflow later
+    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # no sound; squares of 1e20 overflow
         raise AudioError(f"{path}: {'NaN or samples above 1e6' if len(waveform) else 'empty'}")
     return resample(waveform, source_rate, sample_rate)
 
@@ -149,9 +148,9 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
 
 
 def in_background(function, items, workers: int, doing=""):
-    """function(item) of all items, in order, worked out ahead by `workers` processes (0: none);
-    what it is `doing`, if that has a name, is printed every 20 s."""
-    shown = time.time()
+    """Yields function(item) for every item, in order, computed ahead by `workers` processes (0:
+    none). `doing`, if given, is printed every 20 s with the number of items done."""
+    shown = time.time()  # without a batch size collate_fn gets one item at a time
     loader = DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers)
     for done, result in enumerate(loader, 1):
         yield result
@@ -231,9 +230,8 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     x = (x if direction == "ascending" else -x).contiguous()
     if x.numel() == 0:
         return x.clone()
-    if x.device.type not in ("cpu", "cuda"):  # mps has no float64
-        return SoftRank.apply(x.cpu(), regularization_strength).to(x.device)
-    return SoftRank.apply(x, regularization_strength)
+    there = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
+    return SoftRank.apply(there, float(regularization_strength)).to(x.device)
 
 
 def library(x: Tensor):
@@ -485,9 +483,10 @@ def save_first(state: dict):
             worth = True
         results = checkpoint.with_name("results.json")
         kind = "old" if results.exists() else "unfinished"
-        for file in (results, checkpoint) if worth else ():
-            if file.exists():
-                os.replace(file, aside := file.with_stem(f"{file.stem}.{kind}"))
+        for file in (results, checkpoint):
+            if worth and file.exists():
+                aside = file.with_stem(f"{file.stem}.{kind}")
+                os.replace(file, aside)
                 print(f"kept   the last run's {file.name} as {aside}")
     state["begun"] = True
     save(state)
@@ -524,14 +523,14 @@ def open_run(arguments: dict, made_by: str) -> dict:
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
         state["began"] = time.time() - state.get("seconds", 0.0)  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
-    if state["args"]["batch_size"] % rank_and_size()[1]:
-        die(f"--batch-size {state['args']['batch_size']} cannot be shared by "
-            f"{rank_and_size()[1]} processes")
+    batch_size, (_, size) = state["args"]["batch_size"], rank_and_size()
+    if batch_size % size:
+        die(f"--batch-size {batch_size} cannot be shared by {size} processes")
     make_folder(out)
     return state
 
 
-def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load, workers: int,
+def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int, load, workers: int,
              state: dict, monitor=None):
     """Yields (batch, network, losses) for each step of an arm that is left to do; a script's loop
     computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
@@ -545,7 +544,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
         model.load_state_dict(state["arms"][arm])
         return
     (rank, size), losses = rank_and_size(), deque(maxlen=20)
-    load = partial(load, items=range(rank * clips // size, (rank + 1) * clips // size))
+    load = partial(load, items=range(rank * batch_size // size, (rank + 1) * batch_size // size))
     began = saved = time.time()
     first, shown, stop = 0, 0.0, []
     if state["running"].get("arm") == arm:
@@ -577,7 +576,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
             if not math.isfinite(loss):
                 die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
             text = monitor() if monitor else f"loss {loss:.4f}"
-            print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * clips:.0f} clips/s | "
+            print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * batch_size:.0f} clips/s | "
                   f"{(steps - step - 1) / pace:.0f} s left of arm {state['finished'] + 1}/"
                   f"{state['planned']}", flush=True)
         if stop or now - saved > 60:
@@ -595,8 +594,8 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, clips: int, load
 
 
 def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[dict]:
-    """Prints the table, mean ± sd over seeds, and writes results.json with <metric>_sd beside: the
-    rows that it returns."""
+    """Prints the table, mean ± sd over seeds; writes its rows, with <metric>_sd, to results.json
+    and returns them."""
     rows, names = [], [name for name in rows_of_seeds[0][0] if name != "row"]
     width = max(len(row["row"]) for row in rows_of_seeds[0]) + 2
     print("result".ljust(width) + "".join(f"  {name:>15}" for name in names))
@@ -617,7 +616,7 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
             line += f"  {cell:>15}" if name in names else ""  # the rest is for results.json
         print(line)
         rows.append(row)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     seconds = round(time.time() - began, 1)
     results = {"args": args, "versions": versions, "seconds": seconds, "rows": rows}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1)))
@@ -625,9 +624,9 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
 
 
 def end_run(out: Path, picture: str, began: float):
-    """The last line of a run, and the end of torchrun's group: together, for a rank that leaves
-    while others still talk to it aborts some of them; and at once, for DDP leaves threads of gloo's
-    that now and then abort a Python that is clearing up."""
+    """Prints the last line of a run and ends torchrun's processes: all together, for one that left
+    early could abort those still talking to it; and by os._exit, for threads that DDP leaves behind
+    now and then abort Python's ordinary exit."""
     print(f"wrote  {out}/results.json, checkpoint.pt and {picture} in {time.time() - began:.0f} s")
     if dist.is_initialized():
         dist.barrier()
@@ -637,8 +636,8 @@ def end_run(out: Path, picture: str, began: float):
 
 
 def median_times(contestants: dict, make, rounds: int) -> dict:
-    """Median CPU seconds of each function, called in turn, each with inputs of its own: replaying
-    one input lets the branch predictor learn it."""
+    """Median CPU seconds of each function after a fifth of the rounds, called in turn, each with
+    inputs of its own: replaying one input lets the branch predictor learn it."""
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, function in contestants.items():

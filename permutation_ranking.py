@@ -27,8 +27,8 @@ Differences from the paper, which leaves sizes, schedule, epsilon, sigma and nor
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
 - fenchel_young takes its expectation over the noise in closed form (sampled). epsilon = sigma = 1.
-- 100 permutations in classification, for Fig. 2 too (1000), far apart of 10 000 random ones; its
-  partial ranks are of these 100 and beside those of the other arms mean little.
+- 100 permutations in classification, for Fig. 2 too (1000), chosen far apart from 10 000 random
+  ones. It orders these 100 only: do not compare its partial ranks with the other arms'.
 - The MLP keeps its best epoch on validation (not stated; for instruments, which validation lacks,
   on its own notes); its inputs are clipped at 3 sd.
 - "supervised" learns family and pitch in one network and is read like the others (end to end, one
@@ -43,8 +43,10 @@ import json
 import math
 import time
 from collections import namedtuple
+from contextlib import suppress
+from copy import deepcopy
 from functools import partial
-from itertools import permutations
+from itertools import count, permutations
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +58,7 @@ from torch import Tensor, nn
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
                     make_folder, open_run, random_key, rank_and_size, read_audio, report, run,
-                    save, save_first, scan_audio, soft_rank, start_run, training,
-                    write_whole)
+                    save, save_first, scan_audio, soft_rank, start_run, training, write_whole)
 
 # -----------------------------------------------------------------------------
 # Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as far as published.
@@ -139,9 +140,9 @@ NOTES = {"train": (20, 5), "valid": (4, 5), "test": (8, 4)}  # instruments per f
 def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> np.ndarray:
     """A note of 2 s, (S,) float32. Families overlap: an instrument strays from its family's sound,
     and each note has a loudness, an equaliser (its room) and background noise of its own."""
-    *times, roll_off, odd = SOUNDS[family]
+    *varied, roll_off, lack = SOUNDS[family]
     own = np.random.default_rng(random_key("instrument", instrument))  # alike in all of its notes
-    attack, decay, inharmonicity, vibrato, noise = times * own.lognormal(0, 0.4, 5)
+    attack, decay, inharmonicity, vibrato, noise = varied * own.lognormal(0, 0.4, 5)
     roll_off += own.normal(0, 0.15)
     formants, widths = np.exp(own.uniform(5.5, 8.5, 3)), own.uniform(0.15, 0.5, 3)  # Hz, octaves
 
@@ -149,7 +150,7 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
     frequency = 440 * 2 ** ((pitch - 69 + rng.normal(0, 0.05)) / 12) * k
     frequency = frequency * np.sqrt(1 + inharmonicity * k**2)  # of a stiff string
     k, frequency = k[frequency < 7600], frequency[frequency < 7600]
-    level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - odd)
+    level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - lack)
     level *= 0.5 + np.exp(-0.5 * (np.log2(frequency[:, None] / formants) / widths) ** 2).sum(1)
 
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
@@ -171,7 +172,7 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
 
 
 def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
-    """Writes a generated note as a wav file, unless it is there: its record of examples.json."""
+    """Writes a generated note as a wav file, unless it is there; its name and labels."""
     family, instrument, number = item
     rng = np.random.default_rng(random_key(instrument, number))
     lowest = random_key("compass", instrument) % 32 + 28  # of three octaves
@@ -187,14 +188,12 @@ def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
 
 def write_notes(folder: Path, workers: int):
     """The demo's data set; no instrument is in two splits."""
-    first = 0
+    numbers = count()  # of the instruments
     for split, (instruments, notes) in NOTES.items():
         part = folder / f"nsynth-{split}"
         make_folder(part / "audio")
-        families = [family for family in SOUNDS for _ in range(instruments)]
-        todo = [(family, instrument, note) for instrument, family in enumerate(families, first)
-                for note in range(notes)]
-        first += len(families)
+        players = [(family, next(numbers)) for family in SOUNDS for _ in range(instruments)]
+        todo = [(*player, note) for player in players for note in range(notes)]
         records = dict(in_background(partial(write_note, folder=part), todo, workers))
         (part / "examples.json").write_text(json.dumps(records))
     print(f"data   synthetic notes in {folder} (--data DIR: NSynth, or any recordings)")
@@ -208,25 +207,23 @@ Note = namedtuple("Note", "path seconds family instrument pitch", defaults=(-1, 
 
 def read_labels(file: Path) -> dict[str, tuple]:
     """{name of a note: (family, instrument, pitch)} from an examples.json; {} if it is none."""
-    labels, broken = {}, 0
+    labels = {}
     try:
         records = json.loads(file.read_text()).items()
     except (AttributeError, OSError, ValueError) as error:
         print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
         return {}
     for name, r in records:
-        try:
+        with suppress(ArithmeticError, LookupError, TypeError, ValueError):
             labels[name] = int(r["instrument_family"]), int(r["instrument"]), int(r["pitch"])
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            broken += 1
-    if broken:
-        print(f"skip   {file}: {broken} of {len(records)} notes lack a family or pitch")
+    if broken := len(records) - len(labels):
+        print(f"skip   {file}: {broken} of {len(records)} notes lack a label")
     return labels
 
 
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
-    valid, unseen (NSynth's test), seen (a sixth of train) and unlabelled (all other audio)."""
+    valid, unseen (NSynth's test), seen (a sixth of train), unlabelled (not from valid or test)."""
     paths = find_audio(folder)
     seconds = scan_audio(paths, SAMPLE_RATE, 0.25, workers)  # {path: seconds}
     if not seconds:
@@ -236,20 +233,21 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     notes, taken = {"train": [], "valid": [], "test": []}, set()  # by a label or a split
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         labels = read_labels(file)
-        here = {path.stem: path for path in seconds if file.parent in path.parents}
-        found = sorted(name for name, (family, _, pitch) in labels.items()
-                       if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128)
+        below = [path for path in seconds if file.parent in path.parents]
+        here = {path.stem: path for path in below}
+        found = {name for name, (family, _, pitch) in labels.items()
+                 if name in here and 0 <= family < len(FAMILIES) and 0 <= pitch < 128}
         split = next((split for split in notes if split in file.parent.name), "train")
-        notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in found]
-        taken |= {here[f] for f in found} if split == "train" else set(here.values())
+        notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in sorted(found)]
+        taken |= {path for path in below if split != "train" or path.stem in found}
         if labels:
             print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio")
     if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
-        everything, notes = sum(notes.values(), []), {"train": [], "valid": [], "test": []}
+        everything, notes = sum(notes.values(), []), {split: [] for split in notes}
+        tenths = 7 * ["train"] + ["valid"] + 2 * ["test"]
         for note in everything:
-            tenth = random_key(note.instrument) % 10
-            notes["train" if tenth < 7 else "valid" if tenth == 7 else "test"].append(note)
+            notes[tenths[random_key(note.instrument) % 10]].append(note)
     for split, part in notes.items():
         present = {note.family for note in part}
         absent = [name for i, name in enumerate(FAMILIES) if i not in present]
@@ -272,7 +270,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
 
 
 def deal(notes: list[Note], seed: int, label_counts: list) -> tuple[list[Note], list[int]]:
-    """The labelled notes of a seed in their order, and how many at a time, as far as they go."""
+    """Notes in a random order, and how many of the first to learn from, as far as they go."""
     order = np.random.default_rng(seed).permutation(len(notes))[: max(label_counts)]
     return [notes[i] for i in order], sorted({min(n, len(order)) for n in label_counts} - {0})
 
@@ -370,7 +368,7 @@ class ContextFreeNetwork(nn.Module):
         self.grid, n = (bands, slices), bands * slices
         self.heard = min(4.0, 2 * self.seconds)  # seconds of a note that are embedded
         # windows of 25 ms every 10 ms, 513 bins
-        self.front_end = LogMel(SAMPLE_RATE, 1024, 160, None, win_length=400, floor=1e-5)
+        self.front_end = LogMel(SAMPLE_RATE, 1024, 160, win_length=400, floor=1e-5)
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
         self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
@@ -412,8 +410,8 @@ def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian")
     """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020): its gradient is
     E[ranks(theta + sigma Z)] - y; (B, n), (B, n) -> (), mean over B.
 
-    A rank counts pairs, so the expectation has a closed form. With d = theta_i - theta_j:
-    Gaussian Z, s = sqrt(2) sigma:  L = sum over y_i > y_j of  d Phi(d/s) + s phi(d/s) - d
+    A rank counts the smaller scores, so L is a sum over pairs. With d = theta_i - theta_j:
+    Gaussian Z, s = sqrt(2) sigma:  L = sum over y_i > y_j of  s phi(d/s) - d Phi(-d/s)
     Gumbel Z:  L = sum over y_i > y_j of  sigma log(1 + exp(-d / sigma)), which is RankNet's loss
     """
     d, s = theta[:, :, None] - theta[:, None], math.sqrt(2) * sigma  # (B, n, n)
@@ -535,9 +533,8 @@ def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int
             optimiser.step()
         loss = error(head(valid_x), valid_y).item()
         if loss < best:
-            best, kept = loss, {name: t.clone() for name, t in head.state_dict().items()}
-    head.load_state_dict(kept)
-    return head.requires_grad_(False), best
+            best, kept = loss, deepcopy(head)
+    return kept.requires_grad_(False), best
 
 
 def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
@@ -567,18 +564,19 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
 
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
-            hidden: int, workers: int) -> tuple[list[dict], dict]:
-    """Scores networks beside the baselines: the rows of a seed, and what --predict needs."""
+            hidden: int, workers: int, kept: dict) -> list[dict]:
+    """Scores networks beside the baselines: the rows of a seed. The best network goes to `kept`."""
     if not counts:
-        return [{"row": name, **metrics} for name, metrics in pretext.items()], {}
+        return [{"row": name, **metrics} for name, metrics in pretext.items()]
     players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
     parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
     x = {split: embed(models, part, workers) for split, part in parts.items()}
     labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
                                    for note in part]) for split, part in parts.items()}
-    rows, kept = [], {}
+    rows = []
+    # a supervised network is scored only with as many labels as it was trained with
     scored = [(count, name) for count in counts for name in x["train"]
-              if name.endswith(f", {count} labels") or not name.endswith(" labels")]  # supervised
+              if name.endswith(f", {count} labels") or not name.endswith(" labels")]
     for count, name in in_background(tuple, scored, 0, "score"):  # a line every 20 s
         row = name.removesuffix(f", {count} labels")
         torch.manual_seed(random_key("heads", seed))
@@ -589,12 +587,11 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
                  for split, values in metrics.items()]
         if name in pretext and error < kept.get("error", math.inf):
             size = (*models[name].grid, len(models[name].fixed))
-            kept = {"arm": f"{name}, seed {seed}", "error": error, "size": size,
-                    "heads": heads.state_dict()}
-    return rows, kept
+            kept |= {"arm": f"{name}, seed {seed}", "error": error, "size": size,
+                     "heads": heads.state_dict()}
+    return rows
 
 
-@torch.no_grad()
 def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     """The PNG: notes as they are, shuffled, put back by the model; scores against labels."""
     from matplotlib.figure import Figure  # needs no display
@@ -610,7 +607,8 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     grid = left.subplots(len(notes), 3, squeeze=False)
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
-            image = view.unflatten(0, model.grid).transpose(1, 2).flatten(2).flatten(0, 1)
+            grid_of_patches = view.unflatten(0, model.grid)  # (bands, slices, H, W)
+            image = grid_of_patches.transpose(1, 2).flatten(2).flatten(0, 1)  # (F, T)
             axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")
             axis.set_axis_off()
     lines = {}  # {arm: {labelled notes: its row}}
@@ -636,7 +634,7 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
 
 
 def new_network(network: str, grid: tuple, seed: int, device, loss="", outputs=0) -> nn.Module:
-    """An untrained network; all of a seed start from the same weights, as far as they are alike."""
+    """An untrained network; of a seed all start from the same encoder and joint layer."""
     torch.manual_seed(random_key("weights", seed))
     fixed = FIXED_PERMUTATIONS if loss == "classification" else 0
     return ContextFreeNetwork(network, *grid, fixed, outputs).to(device)
@@ -649,7 +647,6 @@ def load_kept(state: dict, device) -> nn.Module:
     return model.to(device).eval()
 
 
-@torch.no_grad()
 def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     """Prints family and pitch of files."""
     state = load_checkpoint(checkpoint, VERSION)
@@ -693,7 +690,7 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
                 model = models[row + name] = new_network(trained.network, grid, seed, device, row)
                 if row in LOSSES:
                     model.load_state_dict(state["arms"][f"{row}{name}, seed {seed}"])
-        rows, _ = compare(seed, models, {}, notes, labelled, counts, trained.hidden, workers)
+        rows = compare(seed, models, {}, notes, labelled, counts, trained.hidden, workers, {})
         table.append(rows)
     there = state["args"] | {"data": str(data), "label_counts": label_counts}
     report(table, out / "transfer.json", there, began)
@@ -721,10 +718,9 @@ def main(args: argparse.Namespace):
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=workers, state=state)
     everything = notes["train"] + notes["unlabelled"]
-    _, counts = deal(notes["train"], 0, args.label_counts)  # as many with every seed
-    state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))  # arms
     for seed in args.seed[len(rows) :]:
-        labelled, counts = deal(notes["train"], seed, args.label_counts)
+        labelled, counts = deal(notes["train"], seed, args.label_counts)  # as many with every seed
+        state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):
             build = partial(new_network, args.network, grid, seed, device)
@@ -740,10 +736,8 @@ def main(args: argparse.Namespace):
                 train_arm(f"{row}, seed {seed}", model, LOSSES[loss], everything)
                 pretext[row] = pretext_metrics(model, LOSSES[loss], notes["valid"], workers)
                 models[row] = model
-        scores, kept = compare(seed, models, pretext, notes, labelled, counts, args.hidden, workers)
-        rows.append(scores)
-        if kept and kept["error"] < state["kept"].get("error", math.inf):
-            state["kept"] = kept
+        rows.append(compare(seed, models, pretext, notes, labelled, counts, args.hidden, workers,
+                            state["kept"]))
         save(state)
     means = report(rows, out / "results.json", state["args"], state["began"])
     if state["kept"]:
