@@ -17,24 +17,21 @@ generative row beats its contrastive one.
     python contrastive_generative.py --predict sound.wav        its three likeliest classes
     python contrastive_generative.py --predict sound.wav --sample 3       how it could go on
 
-Differences from the paper. Its body could not be had; known are abstract, a talk and one slide
-(supervised 71.3 %, generative 60.1 %, contrastive 55.6 %, data not named): all numbers are ours, in
-the column `paper` too.
-- The VGG-like encoder (after Fonseca 2021) ends in a pooling over time alone: ESC-10 was read
-  better so.
-- Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10.
-- A sequence is one excerpt, not packed: no attention across clips. A short clip is repeated, and
-  so is what comes before the zeros that fill a clip up.
-- demo: half of a clip's mean spectrum leaves its slices, or codes tell rooms, not sounds, apart.
-- Both views are cropped out of one excerpt of 2.5 s, which ends where a clip is filled up with
-  zeros. No reverberation.
-- The probe is L-BFGS with one weight decay, on FSD50K with one softmax over a clip's classes. It is
-  fitted to train and valid; valid alone chooses the row that --predict uses (of the first split).
+Differences from the paper, of which we had the abstract, a talk and one slide (supervised 71.3 %,
+generative 60.1 %, contrastive 55.6 %, data not named); the sizes in `paper` are of similar work.
+- The VGG-like encoder (after Fonseca 2021) pools over time alone: better on ESC-10.
+- Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10; both are
+  cropped from one excerpt of 2.5 s; no reverberation.
+- A sequence is one excerpt, not packed: no attention across clips. An excerpt of a clip that is
+  short, or filled up with zeros, repeats what there is.
+- demo: half of a clip's mean spectrum is taken away, or the codes tell rooms apart, not sounds.
+- The probe is L-BFGS with one weight decay, fitted to train and valid; valid alone chooses the row
+  that --predict uses (of the first split). On FSD50K the classes of a clip share one softmax.
 - "both": the generative features at half their size (chosen on folds 2 to 5 of ESC-10), or they
-  outweigh the better half. Beside it the same with an untrained Transformer.
+  outweigh the contrastive ones. Beside it the same with an untrained Transformer.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
-- Griffin-Lim turns decoded continuations into sound; the paper's own are not known.
+- Griffin-Lim turns decoded continuations into sound.
 
 Copy this file and common.py; nothing else is needed.
 """
@@ -42,7 +39,7 @@ Copy this file and common.py; nothing else is needed.
 import argparse
 import csv
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -61,13 +58,12 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
                     save, save_first, scan_audio, start_run, training, write_whole)
 
 # -----------------------------------------------------------------------------
-# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: sizes published by
-# similar work, for the paper's own are not known.
+# Hyper-parameters: `demo` applies without --data, `data` with it, `paper` by --setting alone.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
     "batch_size": (48, 64, 256, "N: clips in a step, two views of each"),
-    "sequences": (64, 32, 64, "the same in the generative half, if no --batch-size is given"),
+    "sequences": (64, 32, 64, "excerpts in a step of the generative half, or --batch-size"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
@@ -77,7 +73,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
     "flatten": (0.5, 0.0, 0.0, "share of a clip's mean spectrum taken from its slices"),
-    "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "slices that k-means sees, its restarts"),
+    "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "slices for k-means, about; its restarts"),
 }
 LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
@@ -183,8 +179,7 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         """The rows of a table, less those that are cut off."""
         rows = list(csv.DictReader(tables[name].read_text("utf-8-sig").splitlines()))
         whole = [row for row in rows if None not in row.values()]
-        if len(whole) < len(rows):
-            cut = len(rows) - len(whole)
+        if cut := len(rows) - len(whole):
             print(f"skip   {tables[name]}: {cut} of {len(rows)} rows are cut off")
         return whole
 
@@ -214,7 +209,7 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
 
 def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     """All to use below a folder: [(path, seconds, class names, part)], in parts that the data set
-    states or in five folds; dies if there is nothing."""
+    states or in five folds; dies if there are too few."""
     if not folder.is_dir():
         die(f"--data {folder}: no such folder; expected ESC-50, FSD50K, GTZAN or class folders")
     paths = find_audio(folder)
@@ -238,15 +233,14 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
         die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
     print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
-          f"{len(paths) - len({r[0] for r in rows} & set(paths))} files are not in it")
+          f"{len(set(paths) - {row[0] for row in rows})} files are not in it")
     return sorted(clips)
 
 
 def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
                excerpt=EXCERPT_SECONDS):
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
-    No clip twice if they suffice; each item draws from (arm, step, item) alone, whoever reads it.
-    """
+    No clip twice if they suffice; each item draws from (arm, step, item) alone."""
     order = np.random.default_rng(random_key(arm, step)).permutation(len(clips))
     chosen, waveforms = [order[item % len(clips)] for item in items], []
     samples = round(excerpt * SAMPLE_RATE)
@@ -267,7 +261,8 @@ class FrontEnd(LogMel):
     """Log-mel standardised by one mean and deviation of 256 excerpts; `frames` of a view."""
 
     def __init__(self, hop_length: int):
-        super().__init__(SAMPLE_RATE, 512, hop_length, BANDS, 400, 60, 7800, floor=1e-3)
+        super().__init__(SAMPLE_RATE, n_fft=512, hop_length=hop_length, n_mels=BANDS,
+                         win_length=400, f_min=60, f_max=7800, floor=1e-3)
         self.frames = WINDOW // hop_length
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("sd", torch.ones(()))
@@ -297,6 +292,7 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
     start = within(0, 1) * (T - 1 - rate * (frames - 1)).clamp(min=0)
     time = (start + rate * torch.arange(frames, device=device)) / (T - 1)  # (B, frames), in 0 .. 1
     band = (torch.arange(bands, device=device) + pitch) / (bands - 1)  # (B, F)
+    # each cell of a view is read off x at a (time, band) of its own: (B, F, frames, 2)
     at = torch.stack(torch.broadcast_tensors(time[:, None], band[:, :, None]), 3)
     x = F.grid_sample(x[:, None], 2 * at - 1, padding_mode="border", align_corners=True)[:, 0]
     if "sound" in families:  # high-pass below 0.2 to 1.2 kHz or low-pass above 2.2 to 4 kHz
@@ -371,7 +367,7 @@ class Tokenizer(nn.Module):
         return self.decoder(self.encoder(slices))
 
 
-def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor:
+def k_means(vectors: Tensor, codes: int, restarts: int) -> Tensor:
     """Ordinary k-means, (N, D) vectors -> (codes, D) centroids: of several k-means++ starts the one
     of least inertia; an entry that is nearest to no vector moves to a random one."""
     least = math.inf
@@ -383,7 +379,7 @@ def k_means(vectors: Tensor, codes: int, restarts: int, iterations=15) -> Tensor
             new = vectors[torch.multinomial(distance + 1e-12, 1)]
             centroids = torch.cat([centroids, new])
             distance = torch.minimum(distance, torch.cdist(vectors, new)[:, 0].square())
-        for _ in range(iterations):
+        for _ in range(15):
             index = torch.cat([piece.indices for piece in nearest(centroids)])  # (N,)
             count = index.bincount(minlength=codes)[:, None]  # (codes, 1)
             mean = torch.zeros_like(centroids).index_add_(0, index, vectors) / count.clamp(min=1)
@@ -476,8 +472,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def next_code_loss(network, codes: Tensor) -> Tensor:
-    """L = -1/T sum over t of log p(c_t | start, c_<t), in nats; codes (B, L), -100 for none."""
-    return F.cross_entropy(network(codes).flatten(0, 1), codes.flatten(), ignore_index=-100)
+    """Mean of -log p(c_t | start, c_<t) over codes (B, L), in nats, less those that are -100."""
+    return F.cross_entropy(network(codes).flatten(0, 1), codes.flatten())  # which leaves out -100
 
 
 # -----------------------------------------------------------------------------
@@ -487,10 +483,9 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
           workers: int, state: dict):
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
-    load = partial(load, arm=arm)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
-    for batch, network, losses in training(arm, model, optimiser, steps, batch_size, load, workers,
-                                           state):
+    for batch, network, losses in training(arm, model, optimiser, steps, batch_size,
+                                           partial(load, arm=arm), workers, state):
         loss = loss_of(network, *batch)
         optimiser.zero_grad()
         loss.backward()
@@ -505,8 +500,7 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
     Transformer. Returns what is known of the codes; nats are of clips not seen."""
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
     context, vectors = model.context, []
-    excerpt = 2 * context * front.spectrogram.hop_length / SAMPLE_RATE  # seconds
-    load = partial(load, excerpt=excerpt)
+    load = partial(load, excerpt=2 * context * front.spectrogram.hop_length / SAMPLE_RATE)
 
     def rebuild(network, waveform, _):
         """The autoencoder's loss, of (B, S) excerpts."""
@@ -515,7 +509,8 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
 
     train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    batches = math.ceil(min(dictionary[0] / context, 4 * int(seen.sum())) / 64)  # <= 4 of a clip
+    # up to 4 excerpts of a clip, then rounded up to whole batches
+    batches = math.ceil(min(dictionary[0] / context, 4 * int(seen.sum())) / 64)
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
         for waveform, _ in in_background(load_more, range(batches), workers):
@@ -537,10 +532,13 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
             (learnt if use else held_out).extend(parts)
         learnt, held_out = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
                             for parts in (learnt, held_out))
-        known, total = count_codes(learnt, held_out, codes), (held_out >= 0).sum().item()
-        known["next_code"] = sum(
-            next_code_loss(model.eval(), part.to(front.mean.device)).item() / total
-            * (part >= 0).sum().item() for part in held_out.split(64))
+        model.eval()
+        total = (held_out >= 0).sum().item()
+        known = count_codes(learnt, held_out, codes) | {"next_code": 0.0}
+        for part in held_out.split(64):
+            loss = next_code_loss(model, part.to(front.mean.device)).item()
+            known["next_code"] += loss / total * (part >= 0).sum().item()
+    print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     return known
 
 
@@ -568,10 +566,8 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
     if "generative" not in objectives:
         return {}
-    known = learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
-                        dictionary, workers)
-    print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
-    return known
+    return learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
+                       dictionary, workers)
 
 
 # -----------------------------------------------------------------------------
@@ -589,20 +585,20 @@ def read_clips(paths: list, front: FrontEnd, workers: int):
 
 @torch.no_grad()
 def embed(variants: list, paths: list, workers: int) -> list[dict]:
-    """For each variant of the models {name: (N, D)}, of a clip the means over windows that overlap
-    by half. Clips are read once for all variants, by the front end and tokenizer of the first."""
+    """For each variant of the models {name: (N, D)}: statistics of a whole clip, and of the states
+    that networks have in windows that overlap by half. Clips are read once, and by the front end
+    and tokenizer of the first."""
     front, tokenizer = variants[0]["front"], variants[0]["tokenizer"]
-    found, size = [defaultdict(list) for _ in variants], len(tokenizer.centroids)
-    for models in variants:
-        models.eval()
-    length, step = front.frames // 2, front.frames // 4  # of a window, in codes
+    found, size = [[] for _ in variants], len(tokenizer.centroids)
+    nn.ModuleList(variants).eval()
+    frames = front.frames  # of a window; it has half as many codes
     for log_mel in read_clips(paths, front, workers):  # (1, F, T)
-        windows = log_mel[0].unfold(1, front.frames, front.frames // 2).transpose(0, 1)  # (n, F, -)
+        windows = log_mel[0].unfold(1, frames, frames // 2).transpose(0, 1)  # (n, F, frames)
         codes = tokenizer.codes(log_mel)[0]  # (L,)
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
-            layers = models["code_model"].states(codes.unfold(0, length, step))
-            *lower, last = [x[:, 1:] for x in layers]  # (n, length, D) each
+            layers = models["code_model"].states(codes.unfold(0, frames // 2, frames // 4))
+            *lower, last = [x[:, 1:] for x in layers]  # (n, frames / 2, D) each
             mean_sd = torch.cat([last.mean((0, 1)), last.std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
@@ -610,9 +606,8 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
                    "both": torch.cat([h, mean_sd]), "generative, mean + sd": mean_sd,
                    "generative, last position": last[:, -1].mean(0)}
             new |= {f"generative, layer {i}": x.mean((0, 1)) for i, x in enumerate(lower, 1)}
-            for name, value in new.items():
-                rows[name].append(value.cpu())
-    return [{name: torch.stack(values) for name, values in rows.items()} for rows in found]
+            rows.append({name: value.cpu() for name, value in new.items()})
+    return [torch.utils.data.default_collate(rows) for rows in found]  # stacks by name
 
 
 def score(logits: Tensor, targets: Tensor) -> dict:
@@ -637,12 +632,12 @@ def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
     before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
     pairs = torch.zeros(codes + 1, codes)
     pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
-    share = pairs.sum(0) / pairs.sum()
-    p = (pairs.sum(0) + 0.5) / (pairs.sum(0) + 0.5).sum()
+    count = pairs.sum(0)  # (codes,), of each code
+    p = (count + 0.5) / (count + 0.5).sum()
     i, j = before(held_out), held_out[held_out >= 0]
     smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
-    return {"codes_used": (pairs.sum(0) > 0).sum().item(),
-            "perplexity": torch.special.entr(share).sum().exp().item(),
+    return {"codes_used": count.count_nonzero().item(),
+            "perplexity": torch.special.entr(count / pairs.sum()).sum().exp().item(),
             "unigram": -p[j].log().mean().item(),
             "bigram": min(-q.log().mean().item() for q in smooth)}
 
@@ -656,17 +651,17 @@ def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor,
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
     if not classes:
         return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
-    ours, chance, other = embed(variants, paths, workers)
+    ours, random, supervised = embed(variants, paths, workers)
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
-        features |= {"random VGG": chance["contrastive"], "contrastive": ours["contrastive"]}
+        features |= {"random VGG": random["contrastive"], "contrastive": ours["contrastive"]}
     if "generative" in objectives:
         features["code histogram"] = ours["code histogram"]
         for name in [name for name in ours if name.startswith("generative")]:
-            features[name.replace("generative", "random Transformer")] = chance[name]
+            features[name.replace("generative", "random Transformer")] = random[name]
             features[name] = ours[name]
     if len(objectives) == 2:
-        control = [ours["contrastive"], chance["generative, mean + sd"]]
+        control = [ours["contrastive"], random["generative, mean + sd"]]
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
     for name, x in in_background(tuple, list(features.items()), 0, "probe"):  # a line every 20 s
@@ -675,14 +670,14 @@ def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor,
             scale[EMBEDDING:] = SECOND_SCALE  # (D,)
         probe = lambda use: linear_probe(x[use], targets[use], WEIGHT_DECAY, scale=scale)
         layer = probe(fit | valid)
-        rows.append({"row": name, **score(layer(x[test]), targets[test])})
-        rows[-1] |= known if name == "generative" else {}
+        more = known if name == "generative" else {}
+        rows.append({"row": name, **score(layer(x[test]), targets[test]), **more})
         if name.split(",")[0] in (*objectives, "both"):  # the best of these is kept for --predict
             loss = F.cross_entropy(probe(fit)(x[valid]), targets[valid]).item()
             if loss < kept["loss"]:
                 kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
                 found = layer(x[test]).argmax(1)
-    logits = labelled["classifier"].cpu()(other["contrastive"][test])
+    logits = labelled["classifier"].cpu()(supervised["contrastive"][test])
     rows.append({"row": "supervised", **score(logits, targets[test])})
     if picture:
         i, models = test.nonzero()[0].item(), models.cpu()
@@ -715,14 +710,15 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
             axis.plot(*x[truth == c].T, ".", color=colormaps["tab20"](c % 20), label=label)
         axis.set(title=f"{name}, PCA", xticks=[], yticks=[])
     for axis, name, image in ((bottom[0], "log-mel", clip), (bottom[1], "decoded", decoded)):
-        axis.imshow(image, aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
+        axis.imshow(image.numpy(), aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
         axis.set(title=f"held-out clip, {name}", xlabel="frame", ylabel="mel band")
     bottom[1].set_visible("generative" in features)
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
-    track.imshow(codes[None], aspect="auto", cmap="prism", interpolation="nearest")
+    track.imshow(codes[None].numpy(), aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes as colours")
     counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
-    bottom[2].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues")
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    bottom[2].imshow(shares.numpy(), cmap="Blues")
     bottom[2].set(title=title, xlabel="answer", ylabel="class")
     if len(classes) <= 20:
         top[1 if "contrastive" in features else 2].legend(fontsize=7)
@@ -751,7 +747,7 @@ def predict(files: list, count: int, out: Path, device, workers: int):
     """Prints the three likeliest classes of each file, and samples `count` continuations."""
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     kept, classes = state["kept"], state["classes"]
-    if not kept.get("row") and not (kept and count):
+    if not kept or not (kept["row"] or count):
         die(f"{out}/checkpoint.pt: no probe is fitted yet (--resume), or there were no classes")
     if count and "generative" not in state["args"]["objectives"]:
         die(f"--sample: {out}/checkpoint.pt was trained without the generative half")
@@ -778,7 +774,7 @@ def predict(files: list, count: int, out: Path, device, workers: int):
 @torch.no_grad()
 def sample(models: nn.ModuleDict, path: Path, count: int, out: Path):
     """Lets the Transformer go on `count` times after the first `context` / 2 codes of a file, for
-    twice as long: out_0.wav, out_1.wav ... and their spectrograms beside the file's, out.png."""
+    `context` more: out_0.wav, out_1.wav ... and their spectrograms beside the file's, out.png."""
     from matplotlib.figure import Figure  # needs no display
 
     front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
@@ -806,7 +802,7 @@ def to_waveform(log_mel: Tensor, front: FrontEnd) -> Tensor:
     hop = front.spectrogram.hop_length
     linear = InverseMelScale(257, BANDS, SAMPLE_RATE, 60, 7800, driver="gelsd")(magnitude)
     finer = F.interpolate(linear, size=linear.shape[2] * hop // 100 + 1, mode="linear")
-    waveform = GriffinLim(512, 64, 400, 100, power=1)(finer)  # a quarter of the window as the hop
+    waveform = GriffinLim(n_fft=512, n_iter=64, win_length=400, hop_length=100, power=1)(finer)
     return waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1)
 
 
@@ -831,11 +827,10 @@ def main(args: argparse.Namespace):
     classes = sorted({name for clip in clips for name in clip[2]})
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
-    longest = max(WINDOW, SAMPLE_RATE * max(seconds for _, seconds, *_ in clips))  # samples
-    # all places are trained, and of windows of a view, whose last state embed() reads, one more
+    longest = SAMPLE_RATE * max(seconds for _, seconds, *_ in clips)  # samples
+    # no more places than the longest clip trains; but embed() reads one more than a view has codes
     most = max(int(longest / args.hop_length) // 2, WINDOW // args.hop_length // 2 + 1)
-    args.context = min(args.context, most)
-    state["args"]["context"] = args.context
+    args.context = state["args"]["context"] = min(args.context, most)
     state["classes"], rows_of = classes, state.setdefault("rows", {})
     save_first(state)
     parts, table = np.array([part for *_, part in clips]), []
