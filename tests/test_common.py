@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_a_file_that_several_links_lead_to_is_found_once(tmp_path):
         (tmp_path / "a" / link).symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert common.find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+
+
+def test_litter_of_unpacking_is_left_out_unless_the_folder_asked_for_lies_in_it(tmp_path):
+    for folder in ("mine", "mine/__MACOSX", "mine/images_original/deep"):
+        (tmp_path / "images_original" / folder).mkdir(parents=True)
+        (tmp_path / "images_original" / folder / "x.wav").touch()
+    mine = tmp_path / "images_original" / "mine"
+    (mine / "._x.wav").touch()
+    assert common.find_audio(mine) == [mine / "x.wav"]
 
 
 def test_names_that_are_not_utf_8_can_be_printed():
@@ -393,6 +403,11 @@ def test_the_cuda_branch_gives_the_same_ranks_and_gradients(monkeypatch):
 def test_soft_rank_names_the_bad_argument(arguments, name):
     with pytest.raises(ValueError, match=name):
         common.soft_rank(*arguments)
+
+
+def test_soft_rank_takes_any_real_number_as_strength():
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(common.soft_rank(x, Fraction(1, 2)), common.soft_rank(x, 0.5))
 
 
 def test_soft_rank_can_be_copied_alone_as_the_readme_says():

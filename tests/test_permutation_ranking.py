@@ -461,6 +461,7 @@ def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatc
         labels = {f"{split}-{k}": label for k in range(count)}
         for name in [*labels, f"{split}-unlabelled"]:
             (audio / f"{name}.wav").touch()
+        (audio / f"{split}-0.flac").touch()  # the same note once more
         (audio.parent / "examples.json").write_text(json.dumps(labels))
     (tmp_path / "nsynth-test, broken").mkdir()
     (tmp_path / "nsynth-test, broken/examples.json").write_text("{")

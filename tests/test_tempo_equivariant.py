@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,8 +67,11 @@ def test_loss_equals_a_loop_over_pairs_and_ignores_the_scale_sign_and_order():
 
 
 def test_loss_refuses_shapes_that_would_broadcast_to_all_pairs():
-    with pytest.raises(ValueError):
-        tempo.tempo_ratio_loss(torch.ones(4, 1), torch.ones(4, 1), torch.ones(4), torch.ones(4))
+    one, column = torch.ones(4), torch.ones(4, 1)
+    for shapes in ((column, column, one, one), (one, column, one, one), 4 * (torch.tensor(1.0),)):
+        named = re.escape(str([tuple(x.shape) for x in shapes]))
+        with pytest.raises(ValueError, match=named):
+            tempo.tempo_ratio_loss(*shapes)
 
 
 def test_constant_z_costs_the_published_line_at_twenty_percent():
@@ -306,6 +310,7 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
 @pytest.mark.parametrize("name, text, bpm", [
     ("annotations_v2/tempo/blues.00000.LOFI.bpm", "127.0\n", 127),
     ("tempo/gtzan_blues_00000.bpm", "99.5 1", 99.5),
+    ("blues.00000.bpm", "127,5", 127.5),
     ("jams/blues.00000.wav.jams", json.dumps({"annotations": [VALUE]}), 88),
     ("jams/blues.00000.jams", json.dumps({"annotations": [BEATS]}), 120),
     ("jams/blues.00000.jams", json.dumps({"annotations": [BEATS, VALUE]}), 88),
@@ -318,6 +323,7 @@ BEATS = {"namespace": "beat", "sandbox": {"annotation_type": "beat"},
     ("tempo.csv", "file,bpm,song\nblues/blues.00000.wav,66,one\nblues/b.wav,,\nno.wav,9,\n", 66),
     ("tempo.csv", "file;bpm\nblues.00000.wav;68,5\n", 68.5),
     ("tempo.csv", "File, BPM\nblues.00000.wav, 68\n", 68),
+    ("tempo.csv", "\nfile,bpm\nblues.00000.wav,90\n", 90),
     ("tempo.tsv", "file\tbpm\ta, b, c\nblues.00000.wav\t69\n", 69),
     ("tempo.tsv", "file\tbpm\nblues.00000.wav\t67\n", 67)])
 def test_every_annotation_format_gives_the_tempo_of_its_track(tmp_path, name, text, bpm):
