@@ -224,9 +224,9 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
         names = [name for name in names if name not in single] if scored else []
         stratum = names[0] if names else ""  # dealt into five folds in turn, unusable files too:
         dealt[stratum] += 1  # where one is mended, the other clips stay in their folds
-        if path in usable and (names or not scored):
+        if path in usable and (names or not scored):  # popped: a file of two rows is in one part
             part = part or str(dealt[stratum] % 5 + 1)
-            clips.append((str(path), usable[path], names, part))
+            clips.append((str(path), usable.pop(path), names, part))
     for name in single if scored else ():
         print(f"skip   class {name}: one clip is too few to learn from and to test")
     counts = dict(sorted(Counter(part for *_, part in clips).items()))

@@ -241,7 +241,8 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         notes[split] += [Note(str(here[f]), seconds[here[f]], *labels[f]) for f in sorted(found)]
         taken |= {path for path in below if split != "train" or path.stem in found}
         if labels:
-            print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio")
+            print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio or "
+                  "a label out of range")
     if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
         everything, notes = sum(notes.values(), []), {split: [] for split in notes}

@@ -307,6 +307,17 @@ def test_a_class_is_single_by_all_its_clips_and_another_dev_csv_is_no_fsd50k(
     assert names_of(tmp_path / "fsd", monkeypatch)["9"][0] == []  # a folder of audio
 
 
+def test_a_file_that_a_table_names_in_two_folds_is_in_one_of_them(tmp_path, monkeypatch):
+    rows = [f"{k}.wav,{k % 5 + 1},{'Dog' if k < 6 else 'Rain'},True" for k in range(12)]
+    for k in range(12):
+        touch(tmp_path / "audio" / f"{k}.wav")
+    rows.append("0.wav,2,Dog,True")
+    (tmp_path / "esc50.csv").write_text("\n".join(["filename,fold,category,esc10", *rows]))
+    monkeypatch.setattr(script, "scan_audio", lambda paths, *_: dict.fromkeys(paths, 5.0))
+    paths = [path for path, *_ in script.load_clips(tmp_path, None, 0)]
+    assert len(paths) == 12 == len(set(paths))
+
+
 def test_gtzan_has_the_published_counts_of_the_fault_filtered_split(tmp_path, monkeypatch):
     for genre in script.gtzan.gtzan_genres:
         for k in range(100):
