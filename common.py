@@ -51,7 +51,8 @@ def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     without the litter of unpacking."""
     found, real = [], os.path.realpath
     for where, folders, names in os.walk(folder, followlinks=True):
-        here = Path(real(where))  # below it is no litter, and no link up, round in circles
+        here = Path(real(where))
+        # not into the litter, nor through a link up, which would lead round in circles
         folders[:] = [name for name in folders if name not in ("__MACOSX", "images_original")
                       and not here.is_relative_to(real(Path(where, name)))]
         found += [Path(where, name) for name in names if not name.startswith("._")]
@@ -230,8 +231,8 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     x = (x if direction == "ascending" else -x).contiguous()
     if x.numel() == 0:
         return x.clone()
-    there = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
-    return SoftRank.apply(there, float(regularization_strength)).to(x.device)
+    on_cpu_or_cuda = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
+    return SoftRank.apply(on_cpu_or_cuda, float(regularization_strength)).to(x.device)
 
 
 def library(x: Tensor):

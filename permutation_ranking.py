@@ -720,7 +720,8 @@ def main(args: argparse.Namespace):
                         workers=workers, state=state)
     everything = notes["train"] + notes["unlabelled"]
     for seed in args.seed[len(rows) :]:
-        labelled, counts = deal(notes["train"], seed, args.label_counts)  # as many with every seed
+        labelled, counts = deal(notes["train"], seed, args.label_counts)
+        # arms of all seeds: the counts of labels are alike in each
         state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):

@@ -815,10 +815,10 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
             if known.any():
                 rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
-            if known.any() and fine_tune:
-                torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
-                row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
-                rows[row] = with_labels("fine-tuned", encoder)
+                if fine_tune:
+                    torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
+                    row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
+                    rows[row] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     what = f"label-free, songs left out ({sum(fold >= 0 for fold in leave_out)} of 5 folds)"
