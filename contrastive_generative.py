@@ -857,7 +857,6 @@ def main(args: argparse.Namespace):
                 rows_of[key], kept = compare(
                     key, [models, random, labelled], known, clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")
-                state["arms"] = {}
                 state["kept"] = state["kept"] or kept  # the first split's: --predict answers by it
                 save(state)
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):

@@ -490,6 +490,10 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
     for name, value in theirs["kept"]["models"].items():
         assert torch.equal(value, ours["kept"]["models"][name]), name
     assert ours["rows"] == theirs["rows"]
+    arms = "contrastive", "supervised", "autoencoder", "next code"  # all are there, of each split
+    assert set(ours["arms"]) == {f"{split} {arm}" for split in theirs["rows"] for arm in arms}
+    for arm, weights in theirs["arms"].items():
+        assert all(torch.equal(v, ours["arms"][arm][name]) for name, v in weights.items()), arm
 
 
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
