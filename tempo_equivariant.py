@@ -153,8 +153,8 @@ def instrument(rng, sample_rate: int):
 
 
 def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
-    """Music at `bpm`, (S,) float32: drums, bass, chords and melody or some of them, straight,
-    swung or ternary, in 4 or in 3, with early, late and missing notes, compression and noise."""
+    """Music at `bpm`, (S,) float32: drums, bass, chords and melody or some of them, now and then
+    swung, ternary or in 3, with early, late and missing notes, compression and noise."""
     beats, ticks = rng.choice([4] * 8 + [3]), rng.choice([4] * 15 + [3])  # in a bar, in a beat
     bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
     every = lambda step, first=0: 1.0 * (np.arange(2 * bar) % step == first)  # patterns of two bars
@@ -184,7 +184,7 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
     jitter, skip = rng.uniform(0, 0.008), rng.uniform(0, 0.08)  # seconds, probability
     start = rng.integers(4 * bar) + rng.random()  # the clip is cut out of a longer piece
-    waveform = np.zeros(int(sample_rate * (seconds + 4)))  # from 1 s before it: its notes ring on
+    waveform = np.zeros(int(sample_rate * (seconds + 4)))  # from 1 s before, whose notes ring on
     for k in range(int(start - 1 / tick), int(start + seconds / tick) + 1):
         for loudness, sound in parts:
             if loudness[k % (2 * bar)] > 0 and rng.random() > skip:
@@ -758,6 +758,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
         train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
 
+    # of (2B,): first views, then second
     ratio_loss = lambda z, rate, _: tempo_ratio_loss(*z.chunk(2), *rate.chunk(2))
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
