@@ -565,10 +565,20 @@ def tempo_ratio_loss(z_i: Tensor, z_j: Tensor, rate_i: Tensor, rate_j: Tensor) -
     return 0.5 * ((q - r).abs() + (1 / q - 1 / r).abs()).mean()
 
 
+def pretext_loss(z: Tensor, rate: Tensor, bpm: Tensor) -> Tensor:
+    """The ratio loss of (2B,) views, first views first; their tempo is not looked at."""
+    return tempo_ratio_loss(*z.chunk(2), *rate.chunk(2))
+
+
 def tempo_targets(bpm: Tensor) -> Tensor:
     """(B,) BPM -> (B, 300) probabilities: a bump of 2 % about each."""
     ratio = torch.arange(CLASSES, device=bpm.device) / bpm[:, None].clamp(1, CLASSES - 1)
     return torch.softmax(-0.5 * (torch.log(ratio) / 0.02) ** 2, 1)  # class 0: exp(-inf)
+
+
+def supervised_loss(logits: Tensor, rate: Tensor, bpm: Tensor) -> Tensor:
+    """Cross-entropy of (2B, 300) logits with the tempi (2B,) of the views."""
+    return F.cross_entropy(logits, tempo_targets(bpm))
 
 
 # -----------------------------------------------------------------------------
@@ -754,12 +764,10 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     def with_labels(kind, encoder):
         """Trains all weights on labels of folds 1 to 4, fits a new head: (n,) BPM of fold 0."""
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
-        loss = lambda logits, rate, truth: F.cross_entropy(logits, tempo_targets(truth))
-        train_arm(f"{arm} {kind}", classifier, loss, list(compress(clips, known & (folds != 0))))
+        train_arm(f"{arm} {kind}", classifier, supervised_loss,
+                  list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
 
-    # of (2B,): first views, then second
-    ratio_loss = lambda z, rate, _: tempo_ratio_loss(*z.chunk(2), *rate.chunk(2))
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
     random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
@@ -769,7 +777,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
-        train_arm(pretext, encoder, ratio_loss, list(compress(clips, heard)))
+        train_arm(pretext, encoder, pretext_loss, list(compress(clips, heard)))
         h, clip = embed(encoder, paths, workers)
         calibration = calibrate(encoder, h[torch.tensor(heard)[clip]])
         tempi, *_ = label_free_tempi(encoder, h, clip, calibration)
