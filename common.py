@@ -428,7 +428,8 @@ def start_run(device: str = "") -> torch.device:
 def run(main, args):
     """main(args), with one line for what would end it in a traceback though the program is right:
     Ctrl-C, and a file that could be read when the run began and cannot be read any more."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
     except KeyboardInterrupt:
@@ -563,31 +564,33 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int,
             return parallel(*inputs).float()
 
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
-    for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
-        torch.manual_seed(random_key(arm, step, rank))
-        warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, a cosine down to 0 at the last
-        rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
-        for group in optimiser.param_groups:
-            group["lr"] = optimiser.defaults["lr"] * rate
-        yield [part.to(device) for part in batch], network, losses
-        now = time.time()
-        if step + 1 == steps or now - shown > 20:  # `shown` is 0 at first
-            shown, pace = now, (step + 1 - first) / (now - began)  # steps a second
-            loss = torch.stack(tuple(losses)).mean().item()
-            if not math.isfinite(loss):
-                die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
-            text = monitor() if monitor else f"loss {loss:.4f}"
-            print(f"step   {arm} {step + 1}/{steps} | {text} | {pace * batch_size:.0f} clips/s | "
-                  f"{(steps - step - 1) / pace:.0f} s left of arm {state['finished'] + 1}/"
-                  f"{state['planned']}", flush=True)
-        if stop or now - saved > 60:
-            saved = now
-            state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
-                                "optimiser": optimiser.state_dict()}
-            save(state)
-        if stop:
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, before)
+    try:
+        for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
+            torch.manual_seed(random_key(arm, step, rank))
+            warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then down a cosine to 0
+            rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
+            for group in optimiser.param_groups:
+                group["lr"] = optimiser.defaults["lr"] * rate
+            yield [part.to(device) for part in batch], network, losses
+            now = time.time()
+            if step + 1 == steps or now - shown > 20:  # `shown` is 0 at first
+                shown, pace = now, (step + 1 - first) / (now - began)  # steps a second
+                loss = torch.stack(tuple(losses)).mean().item()
+                if not math.isfinite(loss):
+                    die(f"{arm}: the loss is {loss} after {step + 1} steps; try a lower --lr")
+                text = monitor() if monitor else f"loss {loss:.4f}"
+                print(f"step   {arm} {step + 1}/{steps} | {text} | "
+                      f"{pace * batch_size:.0f} clips/s | {(steps - step - 1) / pace:.0f} s left "
+                      f"of arm {state['finished'] + 1}/{state['planned']}", flush=True)
+            if stop or now - saved > 60:
+                saved = now
+                state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
+                                    "optimiser": optimiser.state_dict()}
+                save(state)
+            if stop:
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
     state["arms"][arm] = {k: v.cpu().clone() for k, v in model.state_dict().items()}
     state["running"] = {}
     state["finished"] += 1

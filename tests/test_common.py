@@ -1,9 +1,11 @@
 """Properties of common.py. Run from the project's folder: python -m pytest tests"""
 
+import io
 import itertools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +95,28 @@ def test_names_that_are_not_utf_8_can_be_printed():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                             env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert result.returncode == 0 and result.stdout == "caf\\udce9.wav\n"
+
+
+def test_a_run_prints_in_a_notebook_whose_stdout_is_no_ordinary_one(monkeypatch):
+    printed = io.StringIO()  # has no reconfigure() either
+    monkeypatch.setattr(sys, "stdout", printed)
+    common.run(print, "hello")
+    assert printed.getvalue() == "hello\n"
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_no_longer_once_training_has_stopped(tmp_path):
+    arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 2, "workers": 0}
+    state, model = common.open_run(arguments, "test") | {"planned": 1}, torch.nn.Linear(1, 1)
+    load = lambda step, items: [torch.ones(len(items), 1)]
+    optimiser, ended = torch.optim.AdamW(model.parameters()), []
+    with pytest.raises(KeyboardInterrupt):
+        for _, _, losses in common.training("arm", model, optimiser, 3, 2, load, 0, state):
+            signal.raise_signal(signal.SIGINT)
+            losses.append(torch.zeros(()))
+            ended.append("step")
+    assert ended == ["step"] and state["running"]["step"] == 1
+    with pytest.raises(KeyboardInterrupt):  # at once, or a notebook could not be interrupted again
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
