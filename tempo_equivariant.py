@@ -10,8 +10,8 @@ Measured (demo: 400 generated clips, 3 seeds, two cores, 310 s; Accuracy 1 / 2):
 label-free on songs left out .888/.987, untrained .242/.275, autocorrelation .775/.938 there; a head
 on its frozen h, by cross-validation, .835/.943, on a random one .824/.953. On 102 real excerpts:
 label-free .823/.936 on songs left out, untrained .211/.243, autocorrelation .620/.796 there. The
-paper's TCN: z follows the stretch, as onset density does, and not the tempo; its frozen h tells no
-more than a random one's (.140 and .168).
+paper's TCN: z is the tempo of bare clicks; of music it follows the stretch, as onset density does,
+and not the tempo; its frozen h tells no more than a random one's (.140 and .168).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
@@ -23,7 +23,7 @@ Differences from the paper (its body could not be had: "paper" is its released c
 - WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
   as in the released model (no pitch shift, volume, polarity, noise or frequency mask).
 - Variance-keeping initialisation of the TCN: with PyTorch's, even labels taught it nothing in 250
-  steps. Flux views, a frequency mask and 1000 steps did not lift its frozen h above random either.
+  steps. Flux views, a frequency mask and 6460 steps did not lift its frozen h above random either.
 - The TCN sees 20 bands at 25 frames/s by default (81 at 100), to end in minutes.
 - Both views in one forward pass: the batch norm of the input sees both.
 - AdamW (weight decay 1e-4), one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is

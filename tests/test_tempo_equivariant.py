@@ -246,6 +246,34 @@ def test_tcn_step_is_faster_than_the_published_order_in_two_passes(capsys):
     assert layers > 1.6 and whole > 1.4  # 3 and 2.1 on two quiet cores, less on busy ones
 
 
+def test_z_of_the_tcn_is_the_tempo_of_clicks_whose_rate_alone_a_stretch_changes(tmp_path, capsys):
+    rng, clips = np.random.default_rng(0), []
+    for number, bpm in enumerate(rng.uniform(120, 360, 64)):
+        waveform, click = 1e-3 * rng.standard_normal(7 * RATE), rng.standard_normal(RATE // 100)
+        for at in np.arange(rng.random() * 60 / bpm, 6.9, 60 / bpm):
+            waveform[int(at * RATE) :][: len(click)] += click
+        clips.append(tempo.Clip(str(tmp_path / f"{number}.wav"), 7.0, bpm, str(number)))
+        soundfile.write(clips[-1].path, 0.2 * waveform, RATE)
+    torch.manual_seed(0)
+    model = tempo.make_encoder("tcn", RATE, 1024, 4.0, 20, 25)
+    arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 8, "workers": 0}
+    state = tempo.open_run(arguments, "test") | {"planned": 1}
+
+    def spread():
+        """Of ln(z / BPM) over clicks at tempi that are not trained on: 0 if z is the tempo."""
+        h, _ = tempo.embed(model, [clip.path for clip in clips[32:]], 0)
+        z = model.read(h, 1.0)[0].detach().numpy()
+        return np.log(z / [clip.bpm for clip in clips[32:]]).std()
+
+    random = spread()
+    tempo.train("clicks", model, tempo.pretext_loss, clips[:32], steps=100, batch_size=8, lr=2e-3,
+                max_stretch=1.41, workers=0, state=state)
+    trained = spread()
+    with capsys.disabled():
+        print(f"\n[clicks: sd of ln(z / BPM) {trained:.3f}, untrained {random:.3f}]", end=" ")
+    assert trained < 0.1 < random
+
+
 def random_periodicity():
     torch.manual_seed(0)
     return tempo.make_encoder("periodicity", RATE, 1024, 4.0, 20, 25).eval()
