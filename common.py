@@ -1,4 +1,4 @@
-"""What the scripts share: audio in, log-mel front end, soft_rank, run plumbing.
+"""What the scripts share: audio in, log-mel front end, soft_rank, linear probe, run plumbing.
 
 Copy this file beside the script that you read. `python common.py` measures the front end
 and soft_rank.
@@ -151,8 +151,11 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
 def in_background(function, items, workers: int, doing=""):
     """Yields function(item) for every item, in order, computed ahead by `workers` processes (0:
     none). `doing`, if given, is printed every 20 s with the number of items done."""
-    shown = time.time()  # without a batch size collate_fn gets one item at a time
-    loader = DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers)
+    shown = time.time()
+    # processes that import all anew, Python 3.14's default on Linux, would take seconds to start
+    fork = "fork" if workers and sys.platform == "linux" else None
+    loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=fork,
+                        collate_fn=function)  # without a batch size it gets one item at a time
     for done, result in enumerate(loader, 1):
         yield result
         if doing and time.time() - shown > 20:
@@ -371,7 +374,7 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
 
     Convex, so that no seed and no learning rate matters.
     Args:
-        features: (N, D). targets: (N, C) probabilities.
+        features: (N, D). targets: (N, C) probabilities, float.
         scale: of the standardised features, a number or (D,): the smaller, the less one counts.
     Returns:
         Linear(D, C), logits for features as they come (the standardisation is in its weights).
@@ -480,7 +483,7 @@ def save_first(state: dict):
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         try:
             last = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            worth = last["arms"] or last.get("rows")
+            worth = last["arms"]
         except Exception:  # whatever it is, it is not ours to lose
             worth = True
         results = checkpoint.with_name("results.json")
@@ -512,11 +515,13 @@ def make_folder(path: Path):
 def open_run(arguments: dict, made_by: str) -> dict:
     """The state of a run, which its checkpoint holds: a new one with these arguments (among them
     `out`, `data`, `resume`, `batch_size` and `workers`), or, to resume, the one in
-    out/checkpoint.pt with its own arguments but `out` and `workers`, which change no result."""
+    out/checkpoint.pt with its own arguments but `out` and `workers`, which change no result. It has
+    the weights of each finished arm in "arms", the one in progress in "running", what --predict
+    needs in "kept", and in "planned" how many arms there will be, which a script sets."""
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
-             "finished": 0, "began": time.time()}
+             "planned": 1, "began": time.time()}
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
         if plain["data"] not in (None, state["args"]["data"]):
@@ -581,7 +586,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int,
                 text = monitor() if monitor else f"loss {loss:.4f}"
                 print(f"step   {arm} {step + 1}/{steps} | {text} | "
                       f"{pace * batch_size:.0f} clips/s | {(steps - step - 1) / pace:.0f} s left "
-                      f"of arm {state['finished'] + 1}/{state['planned']}", flush=True)
+                      f"of arm {len(state['arms']) + 1}/{state['planned']}", flush=True)
             if stop or now - saved > 60:
                 saved = now
                 state["running"] = {"arm": arm, "step": step + 1, "model": model.state_dict(),
@@ -593,7 +598,6 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int,
         signal.signal(signal.SIGINT, before)
     state["arms"][arm] = {k: v.cpu().clone() for k, v in model.state_dict().items()}
     state["running"] = {}
-    state["finished"] += 1
     save(state)
 
 
@@ -608,13 +612,15 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [name for name in row if name != "row"]:
             values = [other[name] for other in same]
-            if isinstance(values[0], float):
+            if values[0] is None:  # a row need not have it
+                cell = "-"
+            elif isinstance(values[0], float):
                 row[name] = float(np.mean(values))
                 cell = f"{row[name]:.3f}"
                 if len(same) > 1:
                     row[f"{name}_sd"] = float(np.std(values, ddof=1))
                     cell += f" ± {row[f'{name}_sd']:.3f}"
-            else:  # a count, or - where there is none
+            else:  # a count
                 several = len(set(values)) > 1
                 cell = row[name] = f"{min(values)} to {max(values)}" if several else values[0]
             line += f"  {cell:>15}" if name in names else ""  # the rest is for results.json

@@ -63,12 +63,12 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (150, 400, 16000, "optimiser steps of every trained arm"),
     "batch_size": (48, 64, 256, "N: clips in a step, two views of each"),
-    "sequences": (64, 32, 64, "excerpts in a step of the generative half, or --batch-size"),
+    "sequences": (64, 32, 64, "excerpts in a generative step; --batch-size, if it alone is given"),
     "lr": (2e-3, 2e-3, 1e-3, "peak learning rate of one cycle"),
     "temperature": (0.2, 0.2, 0.2, "tau of NT-Xent"),
     "codes": (256, 256, 256, "K: entries of the k-means dictionary"),
     "folds": (1, 5, 5, "folds, of 5, that are tested in turn"),
-    "context": (48, 64, 512, "codes that the Transformer sees, or those of the longest clip"),
+    "context": (48, 64, 512, "codes that the Transformer sees, at most those of the longest clip"),
     "transformer": ((2, 128, 4), (2, 128, 4), (6, 256, 8), "its blocks, width and heads"),
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
@@ -258,7 +258,7 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
 
 
 class FrontEnd(LogMel):
-    """Log-mel standardised by one mean and deviation of 256 excerpts; `frames` of a view."""
+    """Log-mel less one mean, over one deviation, both set by pretrain(); `frames` of a view."""
 
     def __init__(self, hop_length: int):
         super().__init__(SAMPLE_RATE, n_fft=512, hop_length=hop_length, n_mels=BANDS,
@@ -828,17 +828,17 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     longest = SAMPLE_RATE * max(seconds for _, seconds, *_ in clips)  # samples
-    # no more places than the longest clip trains; but embed() reads one more than a view has codes
+    # no more places than the longest clip trains; embed() reads the state behind a view's last code
     most = max(int(longest / args.hop_length) // 2, WINDOW // args.hop_length // 2 + 1)
     args.context = state["args"]["context"] = min(args.context, most)
     state["classes"], rows_of = classes, state.setdefault("rows", {})
     save_first(state)
-    parts, table = np.array([part for *_, part in clips]), []
-    folds = sorted(set(parts) - {"train", "valid", "test"})
-    splits = {} if folds else {"official split": parts}
+    part_of, table = np.array([part for *_, part in clips]), []  # (N,)
+    folds = sorted(set(part_of) - {"train", "valid", "test"})
+    splits = {} if folds else {"official split": part_of}
     for test, valid in zip(folds[: args.folds if classes else 1], folds[1:] + folds[:1]):
-        split = np.select([parts == test, parts == valid], ["test", "valid"], "train")
-        splits[f"fold {test}"] = split  # (N,), the part of each clip; the next fold is for choices
+        splits[f"fold {test}"] = np.select(  # the next fold is for choices
+            [part_of == test, part_of == valid], ["test", "valid"], "train")
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state)
     arms = len(args.objectives) + ("generative" in args.objectives) + bool(classes)  # of a split
@@ -857,7 +857,8 @@ def main(args: argparse.Namespace):
                 rows_of[key], kept = compare(
                     key, [models, random, labelled], known, clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")
-                state["kept"] = state["kept"] or kept  # the first split's: --predict answers by it
+                # for --predict, the first split's; the arms lack its front end and dictionary
+                state["kept"] = state["kept"] or kept
                 save(state)
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):
             mean = {k: float(np.mean([row[k] for row in same])) for k in same[0] if k != "row"}

@@ -424,7 +424,7 @@ def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian")
     return (pairs * (y[:, :, None] > y[:, None])).sum((1, 2)).mean()
 
 
-# Of (output, ranks, which of the fixed permutations, family, pitch).
+# Of (output, ranks, which of the fixed permutations (classification has some), family, pitch).
 LOSSES = {
     "soft_rank": lambda theta, y, *_: soft_rank_loss(theta, y, TEMPERATURE),
     "fenchel_young": lambda theta, y, *_: fenchel_young_loss(theta, y, TEMPERATURE),
@@ -477,10 +477,10 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
     parts, n = [], model.fixed.shape[1]
     batches = [range(len(notes))[i : i + 32] for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
-        waveform, permutation, choice, *_ = (part.to(model.fixed.device) for part in batch)
+        waveform, permutation, *labels = (part.to(model.fixed.device) for part in batch)
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
         output = model.eval()(shuffle(patches, permutation)).detach()
-        loss = loss_of(output.requires_grad_(), permutation + 1.0, choice)
+        loss = loss_of(output.requires_grad_(), permutation + 1.0, *labels)
         grad = torch.autograd.grad(loss, output)[0]
         found = model.order(output)
         tau = (sign(found) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
@@ -491,8 +491,8 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
 
 @torch.no_grad()
 def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
-    """{name: (N, D)}, every note read once: embeddings by the models; as "statistics" mean and
-    deviation of the log spectrum over time; as "chance" a constant."""
+    """{name: (N, D)}, every Note read once: embeddings by the models {name: network}; as
+    "statistics" mean and deviation of the log spectrum over time; as "chance" a constant."""
     features, first = {}, 0
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
@@ -557,7 +557,7 @@ def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
         metrics[split] = {
             "family_accuracy": right(family_head(z).argmax(1), families),
             "family_linear": right(linear_family(z).argmax(1), families),
-            "instrument_accuracy": right(player_head(z).argmax(1), players) if known else "-",
+            "instrument_accuracy": right(player_head(z).argmax(1), players) if known else None,
             "pitch_mse": 100 * pitch_error(pitch_head(z), pitches).item(),
             "pitch_accuracy": right(heard, pitches),
             "chroma_accuracy": right(heard % 12, pitches % 12)}
@@ -584,7 +584,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
         mine = {split: features[name] for split, features in x.items()}
         metrics, heads, error = score(mine, labels, count, hidden, len(players))
         rows += [{"row": f"{row}, {count} labels, {split}", **values,
-                  **pretext.get(name, dict.fromkeys(PRETEXT, "-"))}
+                  **pretext.get(name, dict.fromkeys(PRETEXT))}
                  for split, values in metrics.items()]
         if name in pretext and error < kept.get("error", math.inf):
             size = (*models[name].grid, len(models[name].fixed))

@@ -94,7 +94,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0],
                                      epilog="Chosen by --setting alone: ")
     parser.error = die  # one line, without the usage
-    add, encoders = parser.add_argument, ["tcn", "periodicity"]
+    add, encoders = parser.add_argument, list(ENCODERS)
     add("--data", type=Path, metavar="DIR", help="recordings (default: makes its own)")
     add("--encoders", nargs="+", default=encoders, choices=encoders, help="the paper's, ours")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
@@ -367,7 +367,7 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
         waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,) up to 1.48, V a multiple of B:
             view v is of clip v mod B. samples: length wanted.
     Returns:
-        (V, samples); at rate 1 the waveform itself, later by the overlap.
+        (V, samples); at rate 1 the waveform itself from the overlap (12 ms) on.
     """
     clip = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,)
     coarse = round(sample_rate / 5500)
@@ -402,6 +402,7 @@ def read_at(values: Tensor, at: Tensor) -> Tensor:
 
 # -----------------------------------------------------------------------------
 # Model. Letters: B views, F mel bands, T frames, C channels, K = 145 bins of BPM_AXIS.
+# An encoder has sample_rate and seconds (of a view), views(), embed() -> h, forward() -> z, read().
 
 
 class ResidualBlock(nn.Module):
@@ -533,6 +534,9 @@ class Periodicity(nn.Module):
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
         p = read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
         return self.axis[24:121][h.argmax(1)], p
+
+
+ENCODERS = {"tcn": TCN, "periodicity": Periodicity}  # the paper's, ours
 
 
 class TempoClassifier(nn.Module):
@@ -713,7 +717,7 @@ def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parabola through three logarithms; (n,) BPM of the best bin over 0.3 octaves from it; (n,) share
     of the peak's three bins in the sum: the confidence."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
-    p = scores.double() * prior + 1e-12
+    p = scores.detach().double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
     k = p[:, 1:-1].argmax(1, keepdim=True) + 1  # (n, 1)
     peak = p.gather(1, k + torch.tensor([-1, 0, 1]))  # (n, 3)
@@ -856,9 +860,8 @@ def draw(path: Path, name: str, figure: dict, responses: dict):
 def make_encoder(name: str, sample_rate: int, n_fft: int, view_seconds: float, tcn_bands: int,
                  tcn_frame_rate: int, **_) -> nn.Module:
     """The encoder of that name, out of a run's arguments, of which there are more (_)."""
-    if name == "periodicity":
-        return Periodicity(sample_rate, n_fft, view_seconds)
-    return TCN(sample_rate, n_fft, view_seconds, tcn_bands, tcn_frame_rate)
+    more = (tcn_bands, tcn_frame_rate) if name == "tcn" else ()
+    return ENCODERS[name](sample_rate, n_fft, view_seconds, *more)
 
 
 def predict(files: list, data: Path | None, out: Path, device: torch.device, workers: int):
@@ -866,7 +869,7 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     if not state["kept"]:
         die(f"{out}/checkpoint.pt: no encoder is trained yet; go on with --resume")
-    name = "periodicity" if "periodicity" in state["kept"] else "tcn"
+    name = [name for name in ENCODERS if name in state["kept"]][-1]  # ours, if it was trained
     kept, model = state["kept"][name], make_encoder(name, **state["args"]).to(device)
     model.load_state_dict(state["arms"][kept["arm"]])
     print(f"model  {kept['arm']}, label-free")

@@ -106,7 +106,7 @@ def test_a_run_prints_in_a_notebook_whose_stdout_is_no_ordinary_one(monkeypatch)
 
 def test_ctrl_c_waits_for_the_end_of_a_step_and_no_longer_once_training_has_stopped(tmp_path):
     arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 2, "workers": 0}
-    state, model = common.open_run(arguments, "test") | {"planned": 1}, torch.nn.Linear(1, 1)
+    state, model = common.open_run(arguments, "test"), torch.nn.Linear(1, 1)
     load = lambda step, items: [torch.ones(len(items), 1)]
     optimiser, ended = torch.optim.AdamW(model.parameters()), []
     with pytest.raises(KeyboardInterrupt):
@@ -173,6 +173,15 @@ def test_long_work_in_the_background_says_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(common.time, "time", lambda: next(clock))
     assert list(common.in_background(str, range(7), 0, "count")) == list("0123456")
     assert capsys.readouterr().out == "count  3/7\ncount  6/7\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork")
+def test_readers_are_forks_on_linux_whatever_pythons_default_is():
+    code = """import multiprocessing, common
+multiprocessing.set_start_method("forkserver")  # Python 3.14's, which would have to pickle
+print(*common.in_background(lambda number: number + 1, [1, 2, 3], 2))"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "2 3 4\n"
 
 
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])

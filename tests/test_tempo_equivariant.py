@@ -257,7 +257,7 @@ def test_z_of_the_tcn_is_the_tempo_of_clicks_whose_rate_alone_a_stretch_changes(
     torch.manual_seed(0)
     model = tempo.make_encoder("tcn", RATE, 1024, 4.0, 20, 25)
     arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 8, "workers": 0}
-    state = tempo.open_run(arguments, "test") | {"planned": 1}
+    state = tempo.open_run(arguments, "test")
 
     def spread():
         """Of ln(z / BPM) over clicks at tempi that are not trained on: 0 if z is the tempo."""
@@ -545,6 +545,16 @@ def test_predict_prints_a_line_for_each_file_of_any_format_and_skips_the_others(
     assert result.returncode == 0 and result.stdout.count(" BPM, or ") == 3
     assert "skip" in result.stdout and "zero.wav" in result.stdout
     assert run("--out", finished[1], "--predict", folder / "zero.wav").returncode == 2
+
+
+def test_the_readmes_lines_of_python_hear_the_tempo_that_predict_prints(finished, folder):
+    text = (ROOT / "README.md").read_text()
+    code = next(part for part in text.split("```") if "import tempo_equivariant" in part)
+    code = code.removeprefix("python").replace("song.mp3", str(folder / "song.mp3"))
+    found = {}
+    exec(code.replace("out/tempo_equivariant", str(finished[1])), found)
+    printed = run("--predict", folder / "song.mp3", "--out", finished[1]).stdout
+    assert f"{found['bpm'][0]:.1f} BPM, or {found['second'][0]:.0f} BPM" in printed
 
 
 def test_predict_without_files_scores_a_folder(finished, folder):
