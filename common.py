@@ -431,7 +431,7 @@ def start_run(device: str = "") -> torch.device:
 def run(main, args):
     """main(args), with one line for what would end it in a traceback though the program is right:
     Ctrl-C, and a file that could be read when the run began and cannot be read any more."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has it not
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
@@ -483,7 +483,7 @@ def save_first(state: dict):
     if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
         try:
             last = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            worth = last["arms"]
+            worth = last["arms"] or last.get("rows")
         except Exception:  # whatever it is, it is not ours to lose
             worth = True
         results = checkpoint.with_name("results.json")
@@ -612,7 +612,7 @@ def report(rows_of_seeds: list, path: Path, args: dict, began: float) -> list[di
         assert all(other["row"] == row["row"] for other in same), "seeds with different rows"
         for name in [name for name in row if name != "row"]:
             values = [other[name] for other in same]
-            if values[0] is None:  # a row need not have it
+            if values[0] is None:  # this row has no such score
                 cell = "-"
             elif isinstance(values[0], float):
                 row[name] = float(np.mean(values))

@@ -258,7 +258,7 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
 
 
 class FrontEnd(LogMel):
-    """Log-mel less one mean, over one deviation, both set by pretrain(); `frames` of a view."""
+    """Log-mel standardised by a mean and deviation that pretrain() sets; `frames`: of a view."""
 
     def __init__(self, hop_length: int):
         super().__init__(SAMPLE_RATE, n_fft=512, hop_length=hop_length, n_mels=BANDS,
@@ -828,7 +828,8 @@ def main(args: argparse.Namespace):
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     longest = SAMPLE_RATE * max(seconds for _, seconds, *_ in clips)  # samples
-    # no more places than the longest clip trains; embed() reads the state behind a view's last code
+    # no more places than the longest clip fills; embed() reads the state behind a view's last code,
+    # which only a sequence one code longer trains
     most = max(int(longest / args.hop_length) // 2, WINDOW // args.hop_length // 2 + 1)
     args.context = state["args"]["context"] = min(args.context, most)
     state["classes"], rows_of = classes, state.setdefault("rows", {})

@@ -79,7 +79,7 @@ SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification ar
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 3"  # of the checkpoint's contents
+VERSION = "permutation_ranking 4"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -424,7 +424,7 @@ def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian")
     return (pairs * (y[:, :, None] > y[:, None])).sum((1, 2)).mean()
 
 
-# Of (output, ranks, which of the fixed permutations (classification has some), family, pitch).
+# Of (output, ranks, which of the fixed permutations, or -1 without such, family, pitch).
 LOSSES = {
     "soft_rank": lambda theta, y, *_: soft_rank_loss(theta, y, TEMPERATURE),
     "fenchel_young": lambda theta, y, *_: fenchel_young_loss(theta, y, TEMPERATURE),

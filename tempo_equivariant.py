@@ -10,8 +10,8 @@ Measured (demo: 400 generated clips, 3 seeds, two cores, 310 s; Accuracy 1 / 2):
 label-free on songs left out .888/.987, untrained .242/.275, autocorrelation .775/.938 there; a head
 on its frozen h, by cross-validation, .835/.943, on a random one .824/.953. On 102 real excerpts:
 label-free .823/.936 on songs left out, untrained .211/.243, autocorrelation .620/.796 there. The
-paper's TCN: z is the tempo of bare clicks; of music it follows the stretch, as onset density does,
-and not the tempo; its frozen h tells no more than a random one's (.140 and .168).
+paper's TCN: of bare clicks z is the tempo times a constant; of music it follows the stretch, as
+onset density does, and not the tempo; its frozen h tells no more than a random one's (.140, .168).
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
@@ -717,7 +717,7 @@ def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parabola through three logarithms; (n,) BPM of the best bin over 0.3 octaves from it; (n,) share
     of the peak's three bins in the sum: the confidence."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
-    p = scores.detach().double() * prior + 1e-12
+    p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
     k = p[:, 1:-1].argmax(1, keepdim=True) + 1  # (n, 1)
     peak = p.gather(1, k + torch.tensor([-1, 0, 1]))  # (n, 3)
@@ -869,7 +869,7 @@ def predict(files: list, data: Path | None, out: Path, device: torch.device, wor
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     if not state["kept"]:
         die(f"{out}/checkpoint.pt: no encoder is trained yet; go on with --resume")
-    name = [name for name in ENCODERS if name in state["kept"]][-1]  # ours, if it was trained
+    name = next(name for name in reversed(ENCODERS) if name in state["kept"])  # ours, if trained
     kept, model = state["kept"][name], make_encoder(name, **state["args"]).to(device)
     model.load_state_dict(state["arms"][kept["arm"]])
     print(f"model  {kept['arm']}, label-free")

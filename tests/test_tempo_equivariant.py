@@ -270,7 +270,8 @@ def test_z_of_the_tcn_is_the_tempo_of_clicks_whose_rate_alone_a_stretch_changes(
                 max_stretch=1.41, workers=0, state=state)
     trained = spread()
     with capsys.disabled():
-        print(f"\n[clicks: sd of ln(z / BPM) {trained:.3f}, untrained {random:.3f}]", end=" ")
+        print(f"\n[clicks: sd of ln(z / BPM) {trained:.3f}, untrained {random:.3f}, constant z "
+              f"{np.log([clip.bpm for clip in clips[32:]]).std():.3f}]", end=" ")
     assert trained < 0.1 < random
 
 
@@ -555,6 +556,14 @@ def test_the_readmes_lines_of_python_hear_the_tempo_that_predict_prints(finished
     exec(code.replace("out/tempo_equivariant", str(finished[1])), found)
     printed = run("--predict", folder / "song.mp3", "--out", finished[1]).stdout
     assert f"{found['bpm'][0]:.1f} BPM, or {found['second'][0]:.0f} BPM" in printed
+
+
+def test_predict_answers_by_our_encoder_where_both_were_trained(finished, folder, tmp_path):
+    state = torch.load(finished[1] / "checkpoint.pt")
+    state["kept"] = {"tcn": {"arm": "the paper's"}, **state["kept"]}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    result = run("--predict", folder / "song.mp3", "--out", tmp_path)
+    assert "model  periodicity seed 0 SSL" in result.stdout and " BPM, or " in result.stdout
 
 
 def test_predict_without_files_scores_a_folder(finished, folder):
