@@ -150,7 +150,7 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
 
 
 @lru_cache
-def can_share() -> bool:
+def enough_shared_memory() -> bool:
     """Whether processes have the memory to hand over what they read; if not, says so, once."""
     place = "/dev/shm"  # on Linux; a container often has 64 MB there, which a few batches fill
     little = os.path.isdir(place) and shutil.disk_usage(place).free < 2**29
@@ -163,7 +163,7 @@ def in_background(function, items, workers: int, doing=""):
     """Yields function(item) for every item, in order, computed ahead by `workers` processes (0:
     none). `doing`, if given, is printed every 20 s with the number of items done."""
     shown = time.time()
-    workers = workers if workers and can_share() else 0
+    workers = workers if workers and enough_shared_memory() else 0
     # processes that import all anew, Python 3.14's default on Linux, would take seconds to start
     fork = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=fork,

@@ -180,11 +180,11 @@ def test_long_work_in_the_background_says_how_far_it_is(monkeypatch, capsys):
 def test_a_process_reads_by_itself_where_shared_memory_is_little_as_in_a_container(
         monkeypatch, capsys):
     monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
-    common.can_share.cache_clear()
+    common.enough_shared_memory.cache_clear()
     for _ in range(2):
         readers = common.in_background(lambda _: os.getpid(), range(3), 2)
         assert list(readers) == 3 * [os.getpid()]
-    common.can_share.cache_clear()
+    common.enough_shared_memory.cache_clear()
     assert capsys.readouterr().out.count("without --workers") == 1
 
 
