@@ -6,20 +6,22 @@ stretch rates, make two views of an unlabelled clip, let an encoder give each vi
 ask that z_i/z_j = a_i/a_j. The unknown tempo cancels; no labels, no negatives, and no collapse, for
 a constant z has the wrong ratio. A head of 300 classes, or one constant from drum loops, gives BPM.
 
-Measured (demo: 400 generated clips, 3 seeds, two cores, 310 s; Accuracy 1 / 2): periodicity
-label-free on songs left out .888/.987, untrained .242/.275, autocorrelation .775/.938 there; a head
-on its frozen h, by cross-validation, .835/.943, on a random one .824/.953. On 102 real excerpts:
-label-free .823/.936 on songs left out, untrained .211/.243, autocorrelation .620/.796 there. The
-paper's TCN: of bare clicks z is the tempo times a constant; of music it follows the stretch, as
-onset density does, and not the tempo; its frozen h tells no more than a random one's (.140, .168).
+Measured, Accuracy 1 / 2, 3 seeds          demo: 400 generated clips      102 real excerpts
+  periodicity, no labels, songs left out   .888 / .987                    .823 / .936
+  the same, untrained                      .242 / .275                    .211 / .243
+  autocorrelation, the same songs          .775 / .938                    .620 / .796
+  a head on its h, on an untrained one's   .835 / .943, .824 / .953       .686 / .876, .598 / .866
+  the same of the paper's TCN              .140 / .163, .168 / .196       .124 / .199, .118 / .144
+(the demo on two cores: 310 s for its three seeds). The TCN's z of bare clicks is the tempo times a
+constant; of music it follows the stretch, as onset density does, and not the tempo.
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
     python tempo_equivariant.py --predict song.mp3     the tempo of a file
 
-Differences from the paper (its body could not be had: "paper" is its released code)
+Differences from the paper (in brackets what it does, by its released code: its body was not had)
 - Views are cropped out of more audio; the code pads, and the silent tail gives the rate away.
-- Stretch rates are log-uniform up to half an octave (0.8 to 1.2): a wide step shows more of z.
+- Stretch rates are log-uniform from 0.71 to 1.41 (uniform, 0.8 to 1.2): wide steps show more of z.
 - WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
   as in the released model (no pitch shift, volume, polarity, noise or frequency mask).
 - Variance-keeping initialisation of the TCN: with PyTorch's, even labels taught it nothing in 250
@@ -64,7 +66,8 @@ from common import (LogMel, die, end_run, find_audio, in_background, linear_prob
                     save, save_first, scan_audio, start_run, training, write_whole)
 
 # -----------------------------------------------------------------------------
-# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published.
+# Hyper-parameters: `demo` applies without --data, `data` with it; `paper`: as published, but for
+# the differences above.
 
 HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (250, 800, 6460, "optimiser steps of every trained arm"),
@@ -87,6 +90,7 @@ VERSION = "tempo_equivariant 7"  # of the checkpoint's contents and of what trai
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 BPM_AXIS = 15 * 2 ** (torch.arange(145) / 24)  # log tempo, 24 bins to the octave: 15 to 960 BPM
+H_BINS = slice(24, 121)  # of BPM_AXIS: the 97 bins of our encoder's h, 30 to 480 BPM
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -156,7 +160,7 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
     """Music at `bpm`, (S,) float32: drums, bass, chords and melody or some of them, now and then
     swung, ternary or in 3, with early, late and missing notes, compression and noise."""
     beats, ticks = rng.choice([4] * 8 + [3]), rng.choice([4] * 15 + [3])  # in a bar, in a beat
-    bar, tick = beats * ticks, 60 / bpm / ticks  # ticks, seconds
+    bar, tick = beats * ticks, 60 / bpm / ticks  # a bar in ticks, a tick in seconds
     every = lambda step, first=0: 1.0 * (np.arange(2 * bar) % step == first)  # patterns of two bars
     maybe = lambda p: 1.0 * (rng.random(2 * bar) < p)
     beat, half, downbeat = every(ticks), every(2 * ticks), every(bar)
@@ -333,9 +337,9 @@ def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int)
 
 def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, max_stretch: float,
                sample_rate: int):
-    """Batch `step` of an arm; each item draws from (arm, step, item) alone, whoever reads it:
-    (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views then the second; (2B,) BPM
-    of these views, nan where unknown."""
+    """Batch `step` of an arm: (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views,
+    then of the second; (2B,) BPM of these views, nan where unknown. Each item draws from (arm,
+    step, item) alone, whichever process reads it."""
     waveform = torch.zeros(len(items), round(seconds * sample_rate))  # (B, S)
     bpm, rates = [], []
     for row, item in zip(waveform, items):
@@ -351,8 +355,8 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
 
 
 # -----------------------------------------------------------------------------
-# Stretch without a leak: more is read than a view needs, and cropped; nothing is padded.
-# Letters: B clips, V views, S samples, T frames, a stretch rate (above 1 is faster).
+# Stretch without a leak: more is read than a view needs, and cropped; none is filled up.
+# Letters: B clips, V views, S samples, M segments, T frames, a stretch rate (above 1 is faster).
 
 
 def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Tensor:
@@ -360,8 +364,8 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
 
     Verhelst & Roelands 1993 with the constants of SoX's `tempo -m` (which shortens segments by a
     above 1; here all clips share one length): segments of 82 ms overlap by a seventh; each is
-    taken, within a sixth of a segment of where the rate wants it, there where it continues the last
-    one best (least squares, searched at about 5.5 kHz).
+    taken, up to a sixth of a segment behind where the rate wants it, there where it continues the
+    last one best (least squares, searched at about 5.5 kHz).
 
     Args:
         waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,) up to 1.48, V a multiple of B:
@@ -369,24 +373,24 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     Returns:
         (V, samples); at rate 1 the waveform itself from the overlap (12 ms) on.
     """
-    clip = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,)
+    source = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,) the clip of a view
     coarse = round(sample_rate / 5500)
     low = waveform.unfold(1, coarse, coarse).mean(2)  # (B, S / coarse): for the search
-    segment = round(0.082 * sample_rate / coarse)  # lengths in its samples up to `starts`
+    segment = round(0.082 * sample_rate / coarse)  # lengths in samples of `low`, up to `starts`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
-    steps = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
-    wanted = (rate[:, None] * hop * steps).long()  # (V, count)
+    numbers = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
+    wanted = (rate[:, None] * hop * numbers).long()  # (V, M): where the rate wants them
     strips = low.unfold(1, overlap, 1)  # (B, ., overlap): one from each sample on
-    later, starts = torch.arange(search, device=rate.device), [wanted[:, 0]]
-    for k in range(1, len(steps)):  # over segments: each continues the one before
-        last = strips[clip, starts[-1] + hop]  # (V, overlap): how the one before ends
-        near = strips[clip[:, None], wanted[:, k, None] + later]  # (V, search, overlap)
-        distance = (near - last[:, None]).square_().sum(2)  # (V, search)
+    offsets, starts = torch.arange(search, device=rate.device), [wanted[:, 0]]
+    for k in range(1, len(numbers)):  # over segments: each continues the one before
+        ending = strips[source, starts[-1] + hop]  # (V, overlap): of the one before
+        candidates = strips[source[:, None], wanted[:, k, None] + offsets]  # (V, search, overlap)
+        distance = (candidates - ending[:, None]).square_().sum(2)  # (V, search)
         starts.append(wanted[:, k] + distance.argmin(1))
     segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
-    starts = torch.stack(starts, 1) * coarse  # (V, count)
-    pieces = waveform.unfold(1, segment, 1)[clip[:, None], starts]  # (V, count, segment)
+    starts = torch.stack(starts, 1) * coarse  # (V, M)
+    pieces = waveform.unfold(1, segment, 1)[source[:, None], starts]  # (V, M, segment)
     fade_in = (torch.arange(overlap, device=rate.device) + 0.5) / overlap
     pieces[:, 1:, :overlap] *= fade_in  # the beginning of the first is cropped
     pieces[:, 1:, :overlap] += (1 - fade_in) * pieces[:, :-1, hop:]
@@ -402,7 +406,8 @@ def read_at(values: Tensor, at: Tensor) -> Tensor:
 
 # -----------------------------------------------------------------------------
 # Model. Letters: B views, F mel bands, T frames, C channels, K = 145 bins of BPM_AXIS.
-# An encoder has sample_rate and seconds (of a view), views(), embed() -> h, forward() -> z, read().
+# An encoder has sample_rate and seconds (of a view), views(), embed() -> h, forward() -> z for the
+# loss; pseudo_tempo(), the value of h that a constant makes BPM, and scores() for the read-out.
 
 
 class ResidualBlock(nn.Module):
@@ -444,7 +449,8 @@ class TCN(nn.Module):
             nn.init.orthogonal_(block.mix.weight, 0.7)
 
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
-        """(B, S), (2B,) rates -> (2B, F, T) views, stretched by WSOLA; with no rates (B, F, T)."""
+        """(B, S), (2B,) rates -> (2B, F, T) views, stretched by WSOLA, which begin together in a
+        clip; with no rates (B, F, T)."""
         if rate is not None:
             samples = int(self.seconds * self.sample_rate)
             waveform = wsola(waveform, rate, self.sample_rate, samples)
@@ -456,7 +462,7 @@ class TCN(nn.Module):
         x = F.batch_norm(x[:, None], norm.running_mean, norm.running_var, training=self.training)
         x = x[:, 0, :, :, None].permute(0, 3, 1, 2)  # (B, 1, F, T) whose strides say channels last
         bias = self.conv1.bias + norm.bias * self.conv1.weight.sum((1, 2, 3))
-        weight = self.conv1.weight.flatten(1) * norm.weight  # flat: a gradient of DDP's strides
+        weight = self.conv1.weight.flatten(1) * norm.weight  # flat, or DDP warns of its strides
         x = F.conv2d(x, weight.view_as(self.conv1.weight), bias)  # (B, 16, F - 2, T - 2)
         x = F.elu(F.max_pool2d(x, (3, 1)), inplace=True)
         x = F.elu(F.max_pool2d(self.conv2(x), (3, 1)), inplace=True)
@@ -464,15 +470,17 @@ class TCN(nn.Module):
         return F.elu(self.to_h(F.elu(x).mean((2, 3))))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x).float()  # no matmul below: autocast would round z to 1 BPM in 128
+        h = self.embed(x).float()  # no matmul below: autocast would round z once more
         return (h * self.to_z.weight).sum(1) + self.to_z.bias
 
-    def read(self, h: Tensor, calibration: float) -> tuple[Tensor, Tensor]:
-        """h (B, 16) -> pseudo-tempo |z| (B,); (B, K) scores on BPM_AXIS, a bump of 4 % about
-        calibration * |z|."""
-        z = self.to_z(h)[:, 0].abs().clamp(min=1e-6)
-        octaves = torch.log2(BPM_AXIS.to(z.device) / (calibration * z[:, None]))
-        return z, torch.exp(-0.5 * (octaves / 0.057) ** 2)
+    def pseudo_tempo(self, h: Tensor) -> Tensor:
+        """h (B, 16) -> |z| (B,)."""
+        return self.to_z(h)[:, 0].abs().clamp(min=1e-6)
+
+    def scores(self, h: Tensor, calibration: float) -> Tensor:
+        """h (B, 16) -> (B, K) on BPM_AXIS: a bump of 4 % about calibration * |z|."""
+        bpm = calibration * self.pseudo_tempo(h)[:, None]
+        return torch.exp(-0.5 * (torch.log2(BPM_AXIS.to(h.device) / bpm) / 0.057) ** 2)
 
 
 class Periodicity(nn.Module):
@@ -481,33 +489,34 @@ class Periodicity(nn.Module):
     A small TCN makes eight activations. Their autocorrelation answers at the periods P, 2P, 3P ...,
     their spectrum at P, P/2, P/3 ...; the product leaves P. Two convolutions along log tempo, alike
     for all tempi, give logits h; z is the mean tempo of their softmax: positive, without a pole.
+    (The read-out takes the likeliest tempo: a mean of two octaves is neither.)
     """
 
     def __init__(self, sample_rate: int, n_fft: int, seconds: float):
         super().__init__()
         self.sample_rate, self.seconds = sample_rate, seconds
-        hop_length, f_max = sample_rate // 50, min(11000, sample_rate / 2)  # 50 frames per second
-        self.log_mel = LogMel(sample_rate, n_fft, hop_length, 40, None, 30, f_max, floor=1e-3)
+        self.log_mel = LogMel(sample_rate, n_fft, sample_rate // 50, 40, f_min=30,  # 50 frames/s
+                              f_max=min(11000, sample_rate / 2), floor=1e-3)
         self.register_buffer("axis", BPM_AXIS, persistent=False)  # on the device: no copy in a step
         self.conv = nn.Conv2d(40, 8, (1, 5), padding="same")
         self.blocks = nn.Sequential(*[ResidualBlock(8, 2**i) for i in range(4)])
         self.context = nn.Conv1d(8, 16, 9, padding="same")
-        self.to_h = nn.Conv1d(16, 1, 73, padding=12)
+        self.to_h = nn.Conv1d(16, 1, 73, padding=12)  # 145 + 24 - 72 = the 97 of H_BINS
 
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
-        """(B, S), (2B,) rates -> (2B, F, T - 1) views: a log-mel read at T stretched positions,
-        blurred in time by a random amount, and only its rises kept. On plain log-mel a network
+        """(B, S), (2B,) rates -> (2B, F, T) views: a log-mel read at stretched positions, blurred
+        in time by a random amount, and only its T rises kept. On plain log-mel a network
         reads the rate off decays and off the blur. With no rates: the rises of the whole clip."""
-        x = self.log_mel(waveform)  # (B, F, T of the clip)
+        x = self.log_mel(waveform)  # (B, F, frames)
         if rate is not None:
             x, rate = x.repeat(2, 1, 1), rate[:, None]
             steps = torch.arange(round(self.seconds * 50), device=rate.device)
             slack = x.shape[2] - 7 - rate * steps[-1]  # views start anywhere, not aligned
-            at = 3 + torch.rand_like(rate) * slack.clamp(min=0) + rate * steps  # (2B, T)
-            blur = torch.empty_like(rate).uniform_(math.log(0.35), math.log(2.5)).exp()  # frames
+            at = 3 + torch.rand_like(rate) * slack.clamp(min=0) + rate * steps  # (2B, T + 1)
+            blur = torch.empty_like(rate).uniform_(math.log(0.35), math.log(2.5)).exp()  # in frames
             now, before, after = (read_at(x, (at + b)[:, None]) for b in (0, -blur, blur))
-            x = 0.5 * now + 0.25 * (before + after)  # (2B, F, T)
-        rise = x.diff(dim=2).relu()  # (2B, F, T - 1)
+            x = 0.5 * now + 0.25 * (before + after)  # (2B, F, T + 1)
+        rise = x.diff(dim=2).relu()  # (2B, F, T)
         return rise / (rise.mean((1, 2), keepdim=True) + 1e-3)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -525,15 +534,18 @@ class Periodicity(nn.Module):
         return self.to_h(F.elu(self.context(F.relu(periodic) * spectral)))[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.embed(x).float().softmax(1) * self.axis[24:121]).sum(1)  # z (B,)
+        return (self.embed(x).float().softmax(1) * self.axis[H_BINS]).sum(1)  # z (B,)
 
-    def read(self, h: Tensor, calibration: float) -> tuple[Tensor, Tensor]:
-        """h (B, 97) -> pseudo-tempo (B,), the likeliest; (B, K) scores on BPM_AXIS: the
-        probability of calibration times the tempo. At temperature 4: nothing in the loss keeps h
-        from being too sure of an octave, and the prior of pick_tempo shall have a say."""
+    def pseudo_tempo(self, h: Tensor) -> Tensor:
+        """h (B, 97) -> the likeliest tempo (B,)."""
+        return self.axis[H_BINS][h.argmax(1)]
+
+    def scores(self, h: Tensor, calibration: float) -> Tensor:
+        """h (B, 97) -> (B, K) on BPM_AXIS: at b BPM the probability of pseudo-tempo b /
+        calibration. At temperature 4: nothing in the loss keeps h from being too sure of an octave,
+        and the prior of pick_tempo shall have a say."""
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
-        p = read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
-        return self.axis[24:121][h.argmax(1)], p
+        return read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
 
 
 ENCODERS = {"tcn": TCN, "periodicity": Periodicity}  # the paper's, ours
@@ -611,14 +623,16 @@ def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_si
 
 
 def describe(history: deque) -> str:
-    """What the loss cannot show, of the last steps: reading off the stretch pays too."""
-    z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * 20,)
+    """The last steps' mean ratio loss; the slope of ln(z_i/z_j) over ln(a_i/a_j), 1 where z follows
+    the stretch; and, what the loss cannot show, r of ln(|z|/a) with the clips' ln BPM, 1 where z is
+    the tempo."""
+    z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * steps,)
     z_i, z_j, a_i, a_j = *z.chunk(2), *rate.chunk(2)  # of the first views, of the second
     loss, constant = tempo_ratio_loss(z_i, z_j, a_i, a_j), tempo_ratio_loss(z_i, z_i, a_i, a_j)
     r = (a_i / a_j).log()
     slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
     text = f"ratio loss {loss:.4f} (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g}"
-    tracks = torch.stack([z.abs() / rate, bpm / rate])  # the stretch alone, in both, correlates
+    tracks = torch.stack([z.abs() / rate, bpm / rate])  # without the stretch, which both have
     tracks = tracks[:, ~bpm.isnan()].log()
     truth = f" r(ln z/a, ln bpm) {torch.corrcoef(tracks)[0, 1]:.2f}" if tracks.shape[1] > 2 else ""
     return f"{text} slope {slope:.2f}{truth}"
@@ -634,7 +648,7 @@ def accuracies(estimates, bpm) -> dict:
     is nan on either side is not counted."""
     ratio = np.divide(estimates, bpm)
     ratio = ratio[~np.isnan(ratio)]
-    hits = [np.abs(ratio / fold - 1) <= 0.04 + 1e-9 for fold in (1, 2, 3, 1 / 2, 1 / 3)]
+    hits = [np.abs(ratio / factor - 1) <= 0.04 + 1e-9 for factor in (1, 2, 3, 1 / 2, 1 / 3)]
     return {"accuracy1": float(hits[0].mean()), "accuracy2": float(np.any(hits, 0).mean()),
             "clips": len(ratio)}
 
@@ -642,9 +656,9 @@ def accuracies(estimates, bpm) -> dict:
 def load_windows(path: str, sample_rate: int) -> Tensor:
     """A whole file in overlapping windows of 13.6 s: (windows, S); one if it is shorter."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
-    spare = max(0, len(waveform) - size)
-    more = max(round(2 * spare / size), spare > 0)  # at least one where a single one leaves a rest
-    starts = np.linspace(0, spare, 1 + more).astype(int)
+    last = max(0, len(waveform) - size)  # where the last begins
+    hops = max(round(2 * last / size), min(1, last))  # of about half a window; 0 if one is enough
+    starts = np.linspace(0, last, 1 + hops).astype(int)
     return torch.stack([waveform[s : s + size] for s in starts])
 
 
@@ -657,7 +671,7 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     answer = lambda: model.embed(model.views(torch.stack(batch).to(device))).cpu()
     for number, windows in enumerate(in_background(load, paths, workers, "embed")):
         for window in windows:  # up to 32 of one length at a time
-            if len(batch) == 32 or batch and len(batch[0]) != len(window):
+            if batch and (len(batch) == 32 or len(batch[0]) != len(window)):
                 h.append(answer())
                 batch.clear()
             batch.append(window)
@@ -684,7 +698,7 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
         head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]))
         mean = torch.segment_reduce(head(h).softmax(1), "mean", lengths=clip.bincount())  # (n, 300)
         likeliest = mean[:, 1:].argmax(1).numpy() + 1
-        estimates = np.where(folds == fold, likeliest, estimates)
+        estimates[folds == fold] = likeliest[folds == fold]
     return estimates
 
 
@@ -703,19 +717,19 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
             start = int(eighth * 30 / bpm * sample_rate)
             track[start : start + len(hat)] += bar[eighth % 4]
     tracks = torch.tensor(tracks, dtype=torch.float32, device=device)
-    heard, _ = model.read(model.eval().embed(model.views(tracks)), 1.0)  # (12,)
-    octaves = np.log2(tempi / heard.cpu().numpy())  # log2 c by each track, up to whole octaves
+    pseudo = model.pseudo_tempo(model.eval().embed(model.views(tracks)))  # (12,)
+    octaves = np.log2(tempi / pseudo.cpu().numpy())  # log2 c by each track, up to whole octaves
     middle = np.angle(np.exp(2j * np.pi * octaves).mean()) / (2 * np.pi)  # their mean on a circle
     fraction = middle + np.median((octaves - middle + 0.5) % 1 - 0.5)  # the median about it
-    corpus, _ = model.read(h.to(device), 1.0)  # (N,)
-    whole = np.round(np.log2(PRIOR_BPM / corpus.median().item()) - fraction)
+    median = model.pseudo_tempo(h.to(device)).median().item()
+    whole = np.round(np.log2(PRIOR_BPM / median) - fraction)
     return float(2 ** (fraction + whole))
 
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, K) scores on BPM_AXIS, times the prior -> (n,) BPM of the peak, read between bins off a
-    parabola through three logarithms; (n,) BPM of the best bin over 0.3 octaves from it; (n,) share
-    of the peak's three bins in the sum: the confidence."""
+    parabola through three logarithms; (n,) BPM of the best peak over 0.3 octaves from it, or bin if
+    there is no peak; (n,) share of the first peak's three bins in the sum: the confidence."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
@@ -723,7 +737,9 @@ def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     peak = p.gather(1, k + torch.tensor([-1, 0, 1]))  # (n, 3)
     low, mid, high = peak.log().unbind(1)
     shift = (0.5 * (low - high) / (low - 2 * mid + high).clamp(max=-1e-9)).clamp(-0.5, 0.5)
-    second = (p * (torch.log2(BPM_AXIS / BPM_AXIS[k]).abs() > 0.3)).argmax(1)
+    is_peak = F.pad((p[:, 1:-1] > p[:, :-2]) & (p[:, 1:-1] > p[:, 2:]), (1, 1))  # (n, K)
+    far = torch.log2(BPM_AXIS / BPM_AXIS[k]).abs() > 0.3
+    second = (p * far * (is_peak + 1e-9)).argmax(1)
     bpm = BPM_AXIS[k[:, 0]] * 2 ** (shift / 24)
     return bpm.numpy(), BPM_AXIS[second].numpy(), peak.sum(1).numpy()
 
@@ -731,7 +747,7 @@ def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @torch.no_grad()
 def label_free_tempi(model: nn.Module, h: Tensor, clip: Tensor, calibration: float):
     """(n,) BPM, second candidates and confidences, from the mean over each clip's windows."""
-    scores = model.read(h.to(next(model.parameters()).device), calibration)[1].cpu()
+    scores = model.scores(h.to(next(model.parameters()).device), calibration).cpu()
     return pick_tempo(torch.segment_reduce(scores, "mean", lengths=clip.bincount()))
 
 
@@ -740,12 +756,14 @@ def autocorrelation_tempo(path: str, sample_rate: int, n_fft: int) -> float:
     bands) correlates best with itself, from 30 to 320 BPM, under the same prior; in BPM."""
     hop = sample_rate // 100
     log_mel = LogMel(sample_rate, n_fft, hop, 40, f_min=30, f_max=11000, floor=1e-3)
-    frames = log_mel(read_audio(path, sample_rate)[None])[0]  # (F, T)
-    onsets = frames.diff(dim=1).relu().mean(0)  # (T - 1,)
+    x = log_mel(read_audio(path, sample_rate)[None])[0]  # (F, T)
+    onsets = x.diff(dim=1).relu().mean(0)  # (T - 1,)
     power = torch.fft.rfft(onsets - onsets.mean(), 2 * len(onsets) + 1000).abs().square()
     correlation = torch.fft.irfft(power)
-    score = read_at(correlation / correlation[0], 60 * sample_rate / hop / BPM_AXIS).relu()
-    return float(pick_tempo((score * ((BPM_AXIS >= 30) & (BPM_AXIS <= 320)))[None])[0][0])
+    correlation = correlation / correlation[0].clamp(min=1e-12)  # 0 where nothing changes
+    score = read_at(correlation, 60 * sample_rate / hop / BPM_AXIS).relu()  # (K,)
+    bpm, _, _ = pick_tempo((score * ((BPM_AXIS >= 30) & (BPM_AXIS <= 320)))[None])
+    return float(bpm[0])
 
 
 def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
@@ -760,7 +778,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             fine_tune: bool, workers: int) -> tuple[dict, dict]:
     """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
     encoder is trained for each fold of songs to leave out (-1: none); the first is probed,
-    fine-tuned, and kept if no seed's is yet."""
+    fine-tuned, drawn, and kept if no seed's is yet. The random one is calibrated on all songs."""
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out, rows = ~np.isnan(bpm), np.full(len(clips), np.nan), {}
@@ -774,32 +792,32 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
 
     encoder = build(name, seed)
     h, clip = embed(encoder, paths, workers)
-    random, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
+    untrained, *_ = label_free_tempi(encoder, h, clip, calibrate(encoder, h))
     if known.any():
         rows[f"{name}, random encoder + head"] = head_tempi(h, clip, bpm, folds)
         rows[f"{name}, supervised + head, fold 0"] = with_labels("supervised", encoder)
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
-        pretext, heard = f"{arm} SSL {subset}", folds != fold  # (n,) what it is trained on
-        train_arm(pretext, encoder, pretext_loss, list(compress(clips, heard)))
+        pretext, trained_on = f"{arm} SSL {subset}", folds != fold  # (n,) of the clips
+        train_arm(pretext, encoder, pretext_loss, list(compress(clips, trained_on)))
         h, clip = embed(encoder, paths, workers)
-        calibration = calibrate(encoder, h[torch.tensor(heard)[clip]])
+        calibration = calibrate(encoder, h[torch.tensor(trained_on)[clip]])
         tempi, *_ = label_free_tempi(encoder, h, clip, calibration)
-        left_out = np.where(heard, left_out, tempi)
+        left_out[~trained_on] = tempi[~trained_on]
         if fold == leave_out[0]:
             kept.setdefault(name, {"arm": pretext, "calibration": calibration})
-            shown = ~heard if fold >= 0 else heard  # the songs left out, or all
-            figure = {"bpm": bpm[shown], "random": random[shown], "trained": tempi[shown]}
+            shown = ~trained_on if fold >= 0 else trained_on  # the songs left out, or all
+            figure = {"bpm": bpm[shown], "random": untrained[shown], "trained": tempi[shown]}
             if known.any():
                 rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
                 if fine_tune:
-                    torch.manual_seed(random_key("head", name, seed))  # SSL may have been resumed
+                    torch.manual_seed(random_key("head", name, seed))  # the same if SSL is resumed
                     row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
                     rows[row] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     what = f"label-free, songs left out ({sum(fold >= 0 for fold in leave_out)} of 5 folds)"
-    rows[f"{name}, random {what}"] = np.where(np.isnan(left_out), np.nan, random)
+    rows[f"{name}, random {what}"] = np.where(np.isnan(left_out), np.nan, untrained)
     rows[f"{name}, SSL {what}"] = left_out
     return rows, figure
 
@@ -828,8 +846,9 @@ def draw(path: Path, name: str, figure: dict, responses: dict):
         left.hist(figure["trained"], bins=np.geomspace(30, 480, 49))
         left.set(xlabel="label-free tempo (BPM)", ylabel="clips", xscale="log", title=name)
     else:
-        for fold in (1, 2, 0.5, 3, 1 / 3):
-            left.loglog([40, 250], [40 * fold, 250 * fold], "k-" if fold == 1 else "k:", lw=0.7)
+        for factor in (1, 2, 0.5, 3, 1 / 3):
+            style = "k-" if factor == 1 else "k:"
+            left.loglog([40, 250], [40 * factor, 250 * factor], style, lw=0.7)
         for kind, marker in (("random", "x"), ("trained", "o")):
             score = accuracies(figure[kind], figure["bpm"])
             label = f"{kind}: {score['accuracy1']:.0%} / {score['accuracy2']:.0%}"
@@ -928,7 +947,7 @@ def main(args: argparse.Namespace):
                         max_stretch=args.max_stretch, workers=args.workers, state=state)
     table, figures = [], {}
     for seed in args.seed:
-        tempi, rows = {}, []  # of each row (n,) BPM, nan where it has none; its scores
+        tempi, rows = {}, []  # {row: (n,) BPM, nan where it has none}; the rows of the table
         if labelled:
             folds = song_folds(clips, seed)
             row = f"autocorrelation, songs left out ({args.left_out_folds} of 5 folds)"
@@ -940,11 +959,11 @@ def main(args: argparse.Namespace):
                                           leave_out, args.fine_tune, args.workers)
             tempi |= more
             save(state)
-        for row, heard in tempi.items():
+        for row, found in tempi.items():
             if labelled:
-                rows.append({"row": row, **accuracies(heard, bpm)})
-            elif not np.isnan(heard).any():  # nothing to score with: what it hears, in BPM
-                percentiles = {f"p{q}": float(np.percentile(heard, q)) for q in (5, 25, 50, 75, 95)}
+                rows.append({"row": row, **accuracies(found, bpm)})
+            elif not np.isnan(found).any():  # nothing to score with: what it hears, in BPM
+                percentiles = {f"p{q}": float(np.percentile(found, q)) for q in (5, 25, 50, 75, 95)}
                 rows.append({"row": row, **percentiles})
         table.append(rows)
     report(table, out / "results.json", state["args"], state["began"])
@@ -955,7 +974,7 @@ def main(args: argparse.Namespace):
         model.load_state_dict(state["arms"][state["kept"][name]["arm"]])
         responses[f"{name}, trained"] = stretch_response(model, clips)
     write_whole(out / "tempo.png", partial(  # of the last encoder
-        draw, name=name, figure=figures[args.seed[0]], responses=responses))
+        draw, name=args.encoders[-1], figure=figures[args.seed[0]], responses=responses))
     end_run(out, "tempo.png", state["began"])
 
 

@@ -262,7 +262,7 @@ def test_z_of_the_tcn_is_the_tempo_of_clicks_whose_rate_alone_a_stretch_changes(
     def spread():
         """Of ln(z / BPM) over clicks at tempi that are not trained on: 0 if z is the tempo."""
         h, _ = tempo.embed(model, [clip.path for clip in clips[32:]], 0)
-        z = model.read(h, 1.0)[0].detach().numpy()
+        z = model.pseudo_tempo(h).detach().numpy()
         return np.log(z / [clip.bpm for clip in clips[32:]]).std()
 
     random = spread()
@@ -401,6 +401,17 @@ def test_every_fold_has_songs_with_a_tempo_where_few_have_one():
     clips = [tempo.Clip("", 0, value, f"song{k}") for k, value in enumerate(bpm)]
     for seed in range(20):
         assert np.bincount(tempo.song_folds(clips, seed)[bpm > 0]).tolist() == [2] * 5
+
+
+def test_the_autocorrelation_answers_for_a_sound_without_onsets_so_that_it_counts_as_wrong(tmp_path):
+    soundfile.write(tmp_path / "dc.wav", np.full(16 * RATE, 0.5), RATE)
+    assert np.isfinite(tempo.autocorrelation_tempo(str(tmp_path / "dc.wav"), RATE, 1024))
+
+
+def test_the_second_candidate_is_another_peak_and_not_the_slope_of_the_first():
+    bump = lambda bpm, width: torch.exp(-0.5 * (torch.log2(tempo.BPM_AXIS / bpm) / width) ** 2)
+    _, second, _ = tempo.pick_tempo((bump(120, 0.2) + 0.1 * bump(240, 0.05))[None])
+    assert abs(second[0] / 240 - 1) < 0.04
 
 
 def test_folds_keep_the_excerpts_of_a_song_together_and_are_even():
