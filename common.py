@@ -98,7 +98,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
     Returns:
         (S,) float32, the mean of the channels; shorter than asked where the file ends.
     Raises:
-        AudioError: the file is missing, unreadable, empty there, or holds NaN or what is no sound.
+        AudioError: the file is missing, unreadable, empty there, or holds NaN or samples above 1e6.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -118,7 +118,7 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
         found = "a folder" if Path(path).is_dir() else "no such file"
         raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
     waveform = torch.from_numpy(samples)
-    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # no sound; squares of 1e20 overflow
+    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # their squares could overflow
         raise AudioError(f"{path}: {'NaN or samples above 1e6' if len(waveform) else 'empty'}")
     return resample(waveform, source_rate, sample_rate)
 
@@ -221,9 +221,9 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     """Differentiable ranks 1..n along the last dimension, exact, in O(n log n).
 
     With z = values / strength sorted and w = 1..n: rank = z - v, where v is the non-decreasing
-    sequence closest to z - w. Where sorted values lie further apart than the strength, ranks are
-    hard and the gradient is exactly zero, also of a wrong order; in between, blocks of neighbours
-    share theirs, and equal values share a rank.
+    sequence closest to z - w. v is constant in blocks; of a block the gradient loses its mean and
+    is divided by the strength. Where all sorted values lie further apart than the strength, each is
+    a block: ranks are hard and the gradient is zero, also of a wrong order. Equal values share one.
 
     Args:
         values: (..., n), any real dtype, on any device.
@@ -273,13 +273,13 @@ class SoftRank(torch.autograd.Function):
             # gaps above n * strength part blocks, however wide
             y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
             y[:, 0] = 0
-        y = y - strength * w  # in float64: float32 values add up exactly
+        y = y - strength * w  # strength (z - w), in float64: float32 values add up exactly
         cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
         short = (n <= 32 and cost <= 2**20) if xp is np else cost <= 2**25
-        fit, block = minmax(y) if short else pool(y, xp)
+        fit, block = minmax(y) if short else pool(y, xp)  # strength v
         y -= fit
         y /= strength
-        y += w  # z - v, without the cancellation
+        y += w  # z - w - v + w: z - v, without the cancellation
         ranks = xp.empty_like(rows)
         ranks.ravel()[order] = xp.asarray(y, dtype=rows.dtype)
         ctx.blocks = xp, strength, order.ravel(), block
@@ -315,7 +315,7 @@ class Centre(torch.autograd.Function):
 def minmax(y):
     """The fit of short rows, v[i] = max over j <= i of min over d of mean(y[j..j+d]), in O(n^2).
 
-    (At the first element of a block that minimum is v itself, further in it is no more.)
+    (At the first element of a block that minimum is v; further in it can be less, hence the max.)
     Args:
         y: (R, n). Returns: v (R, n); (R n,) the number of the block of each element, from 0.
     """
@@ -391,8 +391,8 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
     Returns:
         Linear(D, C), logits for features as they come (the standardisation is in its weights).
     """
-    mean, sd = features.mean(0), (features.std(0, correction=0) + 1e-6) / scale  # (D,)
-    standardised = (features - mean) / sd
+    mean, unit = features.mean(0), (features.std(0, correction=0) + 1e-6) / scale  # (D,)
+    standardised = (features - mean) / unit
     layer = nn.Linear(features.shape[1], targets.shape[1], device=features.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -408,7 +408,7 @@ def linear_probe(features: Tensor, targets: Tensor, weight_decay=1e-3, iteration
         return value
 
     optimiser.step(loss)
-    layer.weight.data /= sd
+    layer.weight.data /= unit
     layer.bias.data -= layer.weight.data @ mean
     return layer.requires_grad_(False)
 
@@ -491,15 +491,16 @@ def save_first(state: dict):
     """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
     checkpoint and results in its folder are put aside, as `old` if it was finished, else, unless it
     holds no finished arm, as `unfinished`."""
-    checkpoint = Path(state["args"]["out"], "checkpoint.pt")
-    if not state.get("begun") and checkpoint.exists() and rank_and_size()[0] == 0:
-        try:
-            last = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            worth = last["arms"] or last.get("rows")
-        except Exception:  # whatever it is, it is not ours to lose
-            worth = True
-        results = checkpoint.with_name("results.json")
-        kind = "old" if results.exists() else "unfinished"
+    results, checkpoint = (Path(state["args"]["out"], f) for f in ("results.json", "checkpoint.pt"))
+    if not state.get("begun") and rank_and_size()[0] == 0:
+        worth = results.exists()
+        kind = "old" if worth else "unfinished"
+        if not worth:
+            try:
+                last = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                worth = last["arms"] or last.get("rows")
+            except Exception:  # whatever it is, if there is one, it is not ours to lose
+                worth = True
         for file in (results, checkpoint):
             if worth and file.exists():
                 aside = file.with_stem(f"{file.stem}.{kind}")

@@ -148,6 +148,10 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     common.save_first(common.open_run(arguments, "test"))
     assert "unfinished" in (tmp_path / "checkpoint.unfinished.pt").read_text()
     assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}  # the finished run stays
+    checkpoint.unlink()
+    (tmp_path / "results.json").write_text("results whose checkpoint was deleted")
+    common.save_first(common.open_run(arguments, "test"))
+    assert "deleted" in (tmp_path / "results.old.json").read_text()
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
