@@ -4,7 +4,7 @@ Generative and Contrastive Learning of Audio Representations", 2020 (arXiv 2010.
 Two encoders, no labels. Contrastive: two altered views of a clip must find each other among all
 other views (NT-Xent). Generative: an autoencoder and k-means turn slices of a spectrogram into a
 sequence of codes, and a causal Transformer learns to predict the next one. Both are frozen and read
-by the same linear layer, beside random encoders and the encoder trained with labels.
+by a linear layer, fitted alike, beside random encoders and the encoder trained with labels.
 
 Measured (demo: 1 120 generated clips, 224 held out, 3 seeds; accuracy): contrastive .906 ± .008,
 generative .583 ± .036, both .918, supervised .897; random encoders .768 ± .044, .485 ± .020; mel
@@ -19,7 +19,7 @@ generative row beats its contrastive one.
 
 Differences from the paper, of which we had the abstract, a talk and one slide (supervised 71.3 %,
 generative 60.1 %, contrastive 55.6 %, data not named); the sizes in `paper` are of similar work.
-- The VGG-like encoder (after Fonseca 2021) pools over time alone: better on ESC-10.
+- The VGG-like encoder (after Fonseca 2021) ends in pooling over time alone: better on ESC-10.
 - Views: "sound" alone, the best of the families (image, both, none) on fold 1 of ESC-10; both are
   cropped from one excerpt of 2.5 s; no reverberation.
 - A sequence is one excerpt, not packed: no attention across clips. An excerpt of a clip that is
@@ -157,8 +157,8 @@ def write_sound(number: int, folder: Path):
         "rain": noise * (rng.random(len(t)) < 10 ** rng.uniform(-2, -0.5)),
         "siren": tone(pitch * 2 ** (0.5 * np.sin(2 * np.pi * pace / 4 * slow))),
         "whistle": tone(pitch * (1 - rng.random() / 3 * np.exp(-t / 0.15)))}[kind]
-    octave = np.linspace(1, 9, len(t) // 2 + 1)
-    colour = sum(rng.normal() * np.sin(octave * k / 3 + 6 * rng.random()) for k in range(5))
+    kilohertz = np.linspace(1, 9, len(t) // 2 + 1)  # of each bin, and 1
+    colour = sum(rng.normal() * np.sin(kilohertz * k / 3 + 6 * rng.random()) for k in range(5))
     sound = np.fft.irfft(np.fft.rfft(sound) * np.exp(0.8 * colour), len(t))
     sound = sound / sound.std() + 10 ** rng.uniform(-1.1, 0) * rng.normal(size=len(t))
     sound *= 0.1 * 10 ** rng.uniform(-1.5, 0)
@@ -215,7 +215,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     paths = find_audio(folder)
     layout, rows = find_layout(folder, paths, subset)
     usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
-    sizes = Counter(name for path, names, _ in rows if path in usable for name in names)
+    names_of = {path: names for path, names, _ in rows if path in usable}  # once, if in two rows
+    sizes = Counter(name for names in names_of.values() for name in names)
     dealt, clips = Counter(), []
     single = [name for name in sizes if sizes[name] == 1]
     scored = len(sizes) - len(single) > 1  # classes that can be told apart
@@ -240,7 +241,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
 def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
                excerpt=EXCERPT_SECONDS):
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
-    No clip twice if they suffice; each item draws from (arm, step, item) alone."""
+    No clip twice if they suffice; each item draws from (arm, step, item) alone. pretrain() fills in
+    clips and targets, training() step and items, what is between them the rest."""
     order = np.random.default_rng(random_key(arm, step)).permutation(len(clips))
     chosen, waveforms = [order[item % len(clips)] for item in items], []
     samples = round(excerpt * SAMPLE_RATE)
@@ -336,8 +338,8 @@ class Encoder(nn.Module):
 
 class Tokenizer(nn.Module):
     """Codes of a spectrogram: an autoencoder of slices, and a dictionary of what it makes of them.
-    From slices a share, `flatten`, of the clip's mean spectrum is taken away: the room, which
-    would take up the codes."""
+    From slices a share, `flatten`, of the input's mean spectrum (an excerpt's in training, then a
+    clip's) is taken away: the room, which would take up the codes."""
 
     def __init__(self, codes: int, flatten: float):
         super().__init__()
@@ -419,11 +421,12 @@ class CodeModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, codes, bias=False)
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(layer.weight, std=0.02)  # GPT-2's
+                nn.init.normal_(layer.weight, std=0.02)  # GPT-2's; biases as PyTorch makes them
 
     def states(self, codes: Tensor) -> list[Tensor]:
         """(B, L) -> of each block (B, L + 1, D), the last normalised: state 0 has seen the start
         symbol only, state L all codes."""
+        # padding (-100) is read as code 0: it stands last, where no state before it sees it
         codes = F.pad(codes.clamp(min=0), (1, 0), value=self.embed.num_embeddings - 1)
         x, layers = self.embed(codes) + self.place.weight[: codes.shape[1]], []
         for block in self.blocks:
@@ -502,14 +505,14 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
     context, vectors = model.context, []
     load = partial(load, excerpt=2 * context * front.spectrogram.hop_length / SAMPLE_RATE)
 
-    def rebuild(network, waveform, _):
+    def reconstruction_loss(network, waveform, _):
         """The autoencoder's loss, of (B, S) excerpts."""
         slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
         return F.mse_loss(network(slices), slices)
 
-    train_arm(f"{key} autoencoder", tokenizer, rebuild, load)
+    train_arm(f"{key} autoencoder", tokenizer, reconstruction_loss, load)
     silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    # up to 4 excerpts of a clip, then rounded up to whole batches
+    # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
     batches = math.ceil(min(dictionary[0] / context, 4 * int(seen.sum())) / 64)
     load_more = partial(load, arm=f"{key} dictionary", items=range(64))
     with torch.no_grad():
@@ -522,9 +525,9 @@ def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, s
         tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
     if dist.is_initialized():
         dist.broadcast(tokenizer.centroids, 0)  # sums on a GPU differ in their last digits
-    predict_next = lambda network, waveform, _: next_code_loss(
+    generative_loss = lambda network, waveform, _: next_code_loss(
         network, tokenizer.codes(front(waveform)))
-    train_arm(f"{key} next code", model, predict_next, load)
+    train_arm(f"{key} next code", model, generative_loss, load)
     learnt, held_out = [], []  # codes of the clips that were seen and of the others, in parts
     with torch.no_grad():
         for log_mel, use in zip(read_clips([path for path, *_ in clips], front, workers), seen):
@@ -553,17 +556,18 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     front.mean.copy_(x.mean()), front.sd.copy_(x.std())
     view = partial(make_views, front=front, families=families)
 
-    def contrast(network, waveform, _):
+    def contrastive_loss(network, waveform, _):
         """The contrastive loss, of two views of each of the (N, S) excerpts."""
         z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (N, 128) each, of the same clips
         return nt_xent(z1, z2, temperature)
 
-    classify = lambda network, waveform, truth: F.cross_entropy(network(view(waveform)), truth)
-    encoder = lambda of, head: nn.Sequential(of["encoder"], of[head])
+    supervised_loss = lambda network, waveform, truth: F.cross_entropy(
+        network(view(waveform)), truth)
+    under = lambda models, head: nn.Sequential(models["encoder"], models[head])  # encoder and head
     if "contrastive" in objectives:
-        train_arm(f"{key} contrastive", encoder(models, "projector"), contrast, load)
+        train_arm(f"{key} contrastive", under(models, "projector"), contrastive_loss, load)
     if targets.shape[1]:
-        train_arm(f"{key} supervised", encoder(labelled, "classifier"), classify, load)
+        train_arm(f"{key} supervised", under(labelled, "classifier"), supervised_loss, load)
     if "generative" not in objectives:
         return {}
     return learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
@@ -597,6 +601,7 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
         codes = tokenizer.codes(log_mel)[0]  # (L,)
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
+            # windows as long, but whole codes apart: at times 24 frames for 25, and so one more
             layers = models["code_model"].states(codes.unfold(0, frames // 2, frames // 4))
             *lower, last = [x[:, 1:] for x in layers]  # (n, frames / 2, D) each
             mean_sd = torch.cat([last.mean((0, 1)), last.std((0, 1))])
@@ -626,9 +631,9 @@ def score(logits: Tensor, targets: Tensor) -> dict:
 
 
 def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
-    """How many codes are in use, their perplexity, and what counting knows, in nats per held-out
-    code; sequences (n, L), -100 where none are. The bigrams are smoothed in their favour: as is
-    best for the held-out codes."""
+    """How many codes are in use, their perplexity, and the cross-entropy of unigrams and bigrams
+    counted in `seen`, in nats per held-out code; sequences (n, L), -100 where none are. The bigrams
+    are smoothed in their favour: as is best for the held-out codes."""
     before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
     pairs = torch.zeros(codes + 1, codes)
     pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
@@ -797,7 +802,8 @@ def sample(models: nn.ModuleDict, path: Path, count: int, out: Path):
 
 
 def to_waveform(log_mel: Tensor, front: FrontEnd) -> Tensor:
-    """Standardised log-mel (B, F, T) -> (B, S), T hops long; the phase is Griffin and Lim's."""
+    """Standardised log-mel (B, F, T) -> (B, S), T hops long, less a rest of 100 samples; the phase
+    is Griffin and Lim's."""
     magnitude = ((log_mel * front.sd + front.mean).exp() - front.floor).clamp(min=0).cpu()
     hop = front.spectrogram.hop_length
     linear = InverseMelScale(257, BANDS, SAMPLE_RATE, 60, 7800, driver="gelsd")(magnitude)
@@ -858,7 +864,7 @@ def main(args: argparse.Namespace):
                 rows_of[key], kept = compare(
                     key, [models, random, labelled], known, clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")
-                # for --predict, the first split's; the arms lack its front end and dictionary
+                # for --predict, of the first split; "arms" has no front end and no dictionary
                 state["kept"] = state["kept"] or kept
                 save(state)
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):

@@ -318,6 +318,17 @@ def test_a_file_that_a_table_names_in_two_folds_is_in_one_of_them(tmp_path, monk
     assert len(paths) == 12 == len(set(paths))
 
 
+def test_a_class_whose_only_clip_a_table_names_twice_is_left_out(tmp_path, monkeypatch, capsys):
+    rows = [f"{k}.wav,{k % 5 + 1},{'Dog' if k < 6 else 'Rain'},True" for k in range(12)]
+    rows += ["12.wav,1,Lonely,True", "12.wav,2,Lonely,True"]
+    for k in range(13):
+        touch(tmp_path / "audio" / f"{k}.wav")
+    (tmp_path / "esc50.csv").write_text("\n".join(["filename,fold,category,esc10", *rows]))
+    monkeypatch.setattr(script, "scan_audio", lambda paths, *_: dict.fromkeys(paths, 5.0))
+    assert len(script.load_clips(tmp_path, None, 0)) == 12
+    assert "class Lonely: one clip" in capsys.readouterr().out
+
+
 def test_gtzan_has_the_published_counts_of_the_fault_filtered_split(tmp_path, monkeypatch):
     for genre in script.gtzan.gtzan_genres:
         for k in range(100):
