@@ -403,7 +403,7 @@ def test_every_fold_has_songs_with_a_tempo_where_few_have_one():
         assert np.bincount(tempo.song_folds(clips, seed)[bpm > 0]).tolist() == [2] * 5
 
 
-def test_the_autocorrelation_answers_for_a_sound_without_onsets_so_that_it_counts_as_wrong(tmp_path):
+def test_the_autocorrelation_answers_for_a_sound_without_onsets_and_so_counts_as_wrong(tmp_path):
     soundfile.write(tmp_path / "dc.wav", np.full(16 * RATE, 0.5), RATE)
     assert np.isfinite(tempo.autocorrelation_tempo(str(tmp_path / "dc.wav"), RATE, 1024))
 
