@@ -10,25 +10,27 @@ or name one of 100 fixed permutations (classification). The frozen encoder is th
 3-layer MLP that learns family, instrument and pitch from few labels.
 
 Measured (demo: 848 generated training notes, 800 labelled, 3 seeds, one thread; family accuracy
-and pitch error in semitones squared on unseen instruments): fenchel_young .383 ± .034,
-13.5 ± 2.0; soft_rank .387 ± .003, 13.6 ± 2.0; mse .380, 12.9; classification .328 ± .005,
-17.4 ± 1.4; random encoder .342 ± .019, 27.2 ± 3.0; supervised .360, 9.4; statistics .286, 48.
+and pitch error in semitones squared on unseen instruments): soft_rank .424 ± .017, 11.1 ± 0.6;
+fenchel_young .407 ± .016, 11.9 ± 0.5; mse .410, 12.0; classification .402 ± .017, 12.7 ± 1.2;
+random encoder .329 ± .018, 21.9 ± 1.7; supervised .331, 9.2; statistics .286, 48.
 
     python permutation_ranking.py                        demo: makes its own notes
-    python permutation_ranking.py --data ./nsynth        NSynth; other audio pre-trains
+    python permutation_ranking.py --data ./nsynth        NSynth; other audio: pre-training only
     python permutation_ranking.py --predict note.wav     family and pitch of a note
     python permutation_ranking.py --predict --data DIR   the trained encoders, scored on other notes
 
 Differences from the paper, which leaves sizes, schedule, epsilon, sigma and normalisation open
-- Patches are standardised: else loudness gives their order away, and the embedding loses pitch.
-- The embedding is the features of all patches in order; --setting paper has the paper's, the joint
-  layer behind them, which keeps little of the pitch.
+- Patches are standardised: else loudness gives their order away, and the embedding has less pitch.
+- The embedding is what the convolutions make of all patches, in order (chosen by cross-validation
+  on recorded training notes); --setting paper has the paper's, the joint layer two further on,
+  which keeps little of the pitch.
 - Small encoder, frames averaged by four, views of 1 s, to end in minutes; --setting paper has the
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
 - fenchel_young takes its expectation over the noise in closed form (sampled). epsilon = sigma = 1.
-- 100 permutations in classification, for Fig. 2 too (1000), chosen far apart from 10 000 random
-  ones. It orders these 100 only: do not compare its partial ranks with the other arms'.
+- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000 random ones, by the
+  least distance (Noroozi & Favaro 2016: the sum of distances) to those chosen before. It orders
+  these 100 only: do not compare its partial ranks with the other arms'.
 - The MLP keeps its best epoch on validation (not stated; for instruments, which validation lacks,
   on its own notes); its inputs are clipped at 3 sd.
 - "supervised" learns family and pitch in one network and is read like the others (end to end, one
@@ -75,11 +77,11 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
 LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "lr": (1e-9, 10), "seed": (0, 2**32),
           "label_counts": (20, 10**7), "hidden": (2, 10**5), "bands": (1, 60), "slices": (1, 12),
           "workers": (0, 64)}
-SAMPLE_RATE, FIXED_PERMUTATIONS = 16000, 100  # classes of the classification arm
+FIXED_PERMUTATIONS, SAMPLE_RATE = 100, 16000  # classes of the classification arm; Hz
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 4"  # of the checkpoint's contents
+VERSION = "permutation_ranking 5"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -90,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="NSynth or any audio (default: makes its own)")
     add("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, help="the paper's arms")
     add("--bands", type=int, nargs="+", default=[10], help="frequency bands (1: time slices only)")
-    add("--slices", type=int, nargs="+", default=[1], help="time slices, one for each of --bands")
+    add("--slices", type=int, nargs="+", default=[1], help="time slices, as many as --bands")
     add("--setting", choices=["demo", "data", "paper"], help="column of the defaults below")
     special = {"label_counts": {"nargs": "+", "type": int}, "network": {"choices": NETWORKS}}
     for name, (demo, data, paper, meaning) in HYPER_PARAMETERS.items():
@@ -112,7 +114,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
-        parser.error("--bands and --slices must be as many, and give 2 patches or more")
+        parser.error("--bands and --slices must be as many, and a pair give 2 patches or more")
+    if len(set(zip(args.bands, args.slices))) < len(args.bands):
+        parser.error("--bands and --slices name the same grid twice")
     if args.predict == [] and not args.data:
         parser.error("--predict needs FILE... or --data DIR")
     args.seed, args.losses = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.losses))
@@ -149,7 +153,8 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
     k = np.arange(1, 25)  # (K,)
     frequency = 440 * 2 ** ((pitch - 69 + rng.normal(0, 0.05)) / 12) * k
     frequency = frequency * np.sqrt(1 + inharmonicity * k**2)  # of a stiff string
-    k, frequency = k[frequency < 7600], frequency[frequency < 7600]
+    audible = frequency < 7600  # Hz: below the 8000 of this sample rate
+    k, frequency = k[audible], frequency[audible]
     level = k ** -(roll_off + 0.6 * (0.5 - velocity / 127)) * np.where(k % 2, 1, 1 - lack)
     level *= 0.5 + np.exp(-0.5 * (np.log2(frequency[:, None] / formants) / widths) ** 2).sum(1)
 
@@ -223,14 +228,15 @@ def read_labels(file: Path) -> dict[str, tuple]:
 
 def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     """{split: notes} below a folder, of NSynth or parts of it, wherever they lie. Splits: train,
-    valid, unseen (NSynth's test), seen (a sixth of train), unlabelled (not from valid or test)."""
+    valid, unseen (NSynth's test), seen (a sixth of train), unlabelled (to pre-train on, too); valid
+    and seen are thinned to 2000 at most."""
     paths = find_audio(folder)
     seconds = scan_audio(paths, SAMPLE_RATE, 0.25, workers)  # {path: seconds}
     if not seconds:
-        found = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
-        die(f"--data {folder}: {found}; expected nsynth-train/examples.json and "
+        problem = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
+        die(f"--data {folder}: {problem}; expected nsynth-train/examples.json and "
             "nsynth-train/audio/*.wav, or any audio")
-    notes, taken = {"train": [], "valid": [], "test": []}, set()  # by a label or a split
+    notes, taken = {"train": [], "valid": [], "test": []}, set()  # labelled or held-out paths
     for file in [f for f in find_audio(folder, {".json"}) if f.name == "examples.json"]:
         labels = read_labels(file)
         below = [path for path in seconds if file.parent in path.parents]
@@ -243,6 +249,8 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         if labels:
             print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio or "
                   "a label out of range")
+    split_of = {note.path: (note, split) for split in notes for note in notes[split]}  # the last
+    notes = {split: [note for note, s in split_of.values() if s == split] for split in notes}
     if any(notes.values()) and not all(notes.values()):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
         everything, notes = sum(notes.values(), []), {split: [] for split in notes}
@@ -264,7 +272,7 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         print("truth  no scores: these take labelled notes of several instruments")
         notes, taken = dict.fromkeys(notes, []), set()
     notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in taken]
-    if not notes["valid"]:  # every tenth, which is not trained on
+    if not notes["valid"]:  # every tenth, which is not trained on if there are more
         rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
         notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
     return notes
@@ -288,25 +296,26 @@ def load_views(notes: list[Note], seconds: float) -> Tensor:
 
 
 def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, fixed: Tensor):
-    """(B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any; (B,)
-    which; (B,) family; (B,) pitch. Each item draws from (arm, step, item) alone, whoever reads."""
+    """(B, S) waveforms, from within the first second on; (B, n) permutations, out of those `fixed`
+    (L, n) or, if L is 0, any; (B,) choice: which of `fixed`, or -1; (B,) family; (B,) pitch. Each
+    item draws from (arm, step, item) alone, whoever reads."""
     examples = []
     for item in items:
         rng = np.random.default_rng(random_key(arm, step, item))
         note = notes[rng.integers(len(notes))]
         start = rng.uniform(0, max(0, min(1.0, note.seconds - seconds)))
         choice = int(rng.integers(len(fixed))) if len(fixed) else -1
-        permutation = fixed[choice] if len(fixed) else rng.permutation(fixed.shape[1])
+        permutation = fixed[choice] if choice >= 0 else rng.permutation(fixed.shape[1])
         view = load_view(note.path, start, seconds)
         examples.append((view, permutation, choice, note.family, note.pitch))
     return torch.utils.data.default_collate(examples)
 
 
 def cut(spectrogram: Tensor, bands: int, slices: int) -> Tensor:
-    """(B, F, T) -> (B, n, H, W): n = bands * slices patches of H = F / bands bins, W = T / slices
+    """(B, F, T) -> (B, n, H, W): n = bands * slices patches of H = F // bands bins, W = T // slices
     frames, numbered row by row, low bands first; what is left of F and T is dropped."""
     H, W = spectrogram.shape[1] // bands, spectrogram.shape[2] // slices
-    grid = spectrogram.unfold(1, H, H).unfold(2, W, W)  # (B, F / H, T / W, H, W)
+    grid = spectrogram.unfold(1, H, H).unfold(2, W, W)  # (B, F // H, T // W, H, W)
     return grid[:, :bands, :slices].flatten(1, 2)
 
 
@@ -315,14 +324,14 @@ def shuffle(patches: Tensor, permutation: Tensor) -> Tensor:
     return patches[torch.arange(len(patches), device=patches.device)[:, None], permutation]
 
 
-def distant_permutations(count: int, n: int) -> Tensor:
-    """(L, n): each differs from all before it in as many places as any candidate does (Noroozi &
-    Favaro 2016); candidates are all permutations of 0..n-1, or 10 000 of them."""
+def distant_permutations(most: int, n: int) -> Tensor:
+    """(L, n), L <= most: greedily, the candidate whose least Hamming distance to those before it is
+    largest; candidates are all permutations of 0..n-1, or 10 000 of them."""
     rng = np.random.default_rng(n)
     candidates = permutations(range(n)) if n < 8 else (rng.permutation(n) for _ in range(10**4))
     candidates = torch.tensor(np.array(list(candidates)))
     chosen, distance = [], torch.full((len(candidates),), n)
-    for _ in range(min(count, len(candidates))):
+    for _ in range(min(most, len(candidates))):
         chosen.append(distance.argmax().item())
         distance = torch.minimum(distance, (candidates != candidates[chosen[-1]]).sum(1))
     return candidates[chosen]
@@ -333,7 +342,8 @@ def distant_permutations(count: int, n: int) -> Tensor:
 
 
 def small_encoder(height: int) -> nn.Module:
-    """(B, H, W) -> (B, 64). Bins are channels of convolutions over time: that keeps their place."""
+    """(B n, H, W) -> (B n, 64). Bins are channels of convolutions over time, and keep their place.
+    """
     return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
@@ -341,8 +351,8 @@ def small_encoder(height: int) -> nn.Module:
 
 
 def alexnet_encoder(height: int) -> nn.Module:
-    """(B, H, W) -> (B, 1024); widths of Noroozi & Favaro 2016. Stride 2 and padding, for the stock
-    one leaves nothing of patches of 51 bins."""
+    """(B n, H, W) -> (B n, 1024); widths and stride 2 of Noroozi & Favaro 2016 (AlexNet's stride 4
+    leaves nothing of 51 bins), padded, and at the end pooled to (2, 4), whatever patches are."""
     return nn.Sequential(
         nn.Unflatten(1, (1, height)),
         nn.Conv2d(1, 96, 11, 2, padding=5), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
@@ -353,25 +363,26 @@ def alexnet_encoder(height: int) -> nn.Module:
         nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5))
 
 
-NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds, frames averaged, embedding
-    "small": (small_encoder, 64, 512, 0.1, 1.0, 4, "patches"),
+NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds of a note that are shuffled,
+    # frames averaged into one, layer that is the embedding
+    "small": (small_encoder, 64, 512, 0.1, 1.0, 4, "convolutions"),
     "alexnet": (alexnet_encoder, 1024, 4096, 0.5, 4.0, 1, "joint"),
-}  # seconds: of a note, that are shuffled
+}
 
 
 class ContextFreeNetwork(nn.Module):
     """One encoder for every patch by itself, then two layers for all patches together. Its outputs
-    are n scores, or the logits of `fixed` permutations, or as many as are asked for."""
+    are n scores, or the logits of up to `permutations` fixed ones, or `outputs` of any kind."""
 
-    def __init__(self, network: str, bands: int, slices: int, fixed=0, outputs=0):
+    def __init__(self, network: str, bands: int, slices: int, permutations=0, outputs=0):
         super().__init__()
-        encoder, E, width, dropout, self.seconds, self.averaged, self.embedding = NETWORKS[network]
+        encoder, E, width, dropout, self.seconds, self.averaged, self.layer = NETWORKS[network]
         self.grid, n = (bands, slices), bands * slices
         self.heard = min(4.0, 2 * self.seconds)  # seconds of a note that are embedded
-        # windows of 25 ms every 10 ms, 513 bins
+        # windows of 25 ms every 10 ms, 513 linear bins
         self.front_end = LogMel(SAMPLE_RATE, 1024, 160, win_length=400, floor=1e-5)
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
-        self.register_buffer("fixed", distant_permutations(fixed, n))  # (L, n), L = 0: any
+        self.register_buffer("fixed", distant_permutations(permutations, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
                                     nn.Linear(width, outputs or len(self.fixed) or n))
         if not outputs:
@@ -382,11 +393,13 @@ class ContextFreeNetwork(nn.Module):
         return cut(F.avg_pool1d(frames, self.averaged), *self.grid)
 
     def embed(self, patches: Tensor, layer: str) -> Tensor:
-        """(B, n, H, W) -> (B, D): the features of the "patches", or the "joint" layer's."""
+        """(B, n, H, W) -> (B, D): all patches in order, each by the "convolutions" alone, without
+        its dense layer, which keeps less of the pitch; or the "joint" layer behind both."""
         mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
         patches = (patches - mean) / (sd + 0.3)  # order by loudness is no order
-        features = self.encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E)
-        return F.relu(self.joint(features)) if layer == "joint" else features
+        encoder = self.encoder[:-2] if layer == "convolutions" else self.encoder
+        features = encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E) of the whole
+        return features if layer == "convolutions" else F.relu(self.joint(features))
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, outputs)."""
@@ -403,13 +416,13 @@ class ContextFreeNetwork(nn.Module):
 
 def soft_rank_loss(theta: Tensor, y: Tensor, epsilon: float) -> Tensor:
     """L = 0.5 || r_eps(theta) - y ||^2, soft ranks ascending; (B, n), (B, n) -> (), mean over B.
-    Without gradient where sorted scores lie further apart than epsilon, in whatever order."""
+    Without gradient where all sorted scores lie further apart than epsilon, in whatever order."""
     return 0.5 * (soft_rank(theta, epsilon) - y).square().sum(1).mean()
 
 
 def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian") -> Tensor:
-    """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020): its gradient is
-    E[ranks(theta + sigma Z)] - y; (B, n), (B, n) -> (), mean over B.
+    """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020): its gradient, of one note, is
+    E[ranks(theta + sigma Z)] - y; (B, n), (B, n) -> (), mean over B; noise: gaussian or gumbel.
 
     A rank counts the smaller scores, so L is a sum over pairs. With d = theta_i - theta_j:
     Gaussian Z, s = sqrt(2) sigma:  L = sum over y_i > y_j of  s phi(d/s) - d Phi(-d/s)
@@ -424,7 +437,7 @@ def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian")
     return (pairs * (y[:, :, None] > y[:, None])).sum((1, 2)).mean()
 
 
-# Of (output, ranks, which of the fixed permutations, or -1 without such, family, pitch).
+# Called with (output, y, choice: which of the fixed permutations, or -1, family, pitch).
 LOSSES = {
     "soft_rank": lambda theta, y, *_: soft_rank_loss(theta, y, TEMPERATURE),
     "fenchel_young": lambda theta, y, *_: fenchel_young_loss(theta, y, TEMPERATURE),
@@ -434,12 +447,12 @@ LOSSES = {
 
 
 def pitch_error(output: Tensor, pitch: Tensor) -> Tensor:
-    """Squared error of output 0, a pitch in tens of semitones from middle C; (B, O), (B,) -> ()."""
+    """Squared error of output 0, a pitch in tens of semitones from middle C; (B, .), (B,) -> ()."""
     return (output[:, 0] - (pitch - 60) / 10).square().mean()
 
 
 def supervised_loss(output: Tensor, y, choice, family: Tensor, pitch: Tensor) -> Tensor:
-    """Of pitch, output 0, and family, the logits behind it; (B, 12), (B,), (B,) -> ()."""
+    """Of pitch, output 0, and family, the logits 1 to 11; (B, 12) -> (). No ranks are asked for."""
     return pitch_error(output, pitch) + F.cross_entropy(output[:, 1:], family)
 
 
@@ -470,17 +483,18 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, ste
 
 def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dict:
     """How random draws of notes that it was not trained on are ordered: the fraction of patches at
-    their place, Kendall's tau, and the fraction of notes whose loss has no gradient."""
+    their place, Kendall's tau, and the fraction of notes whose loss has no gradient (they may be in
+    order)."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=model.seconds,
                    fixed=model.fixed.cpu())
     parts, n = [], model.fixed.shape[1]
-    batches = [range(len(notes))[i : i + 32] for i in range(0, len(notes), 32)]
+    batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
     for batch in in_background(load, batches, workers):
         waveform, permutation, *labels = (part.to(model.fixed.device) for part in batch)
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
-        output = model.eval()(shuffle(patches, permutation)).detach()
-        loss = loss_of(output.requires_grad_(), permutation + 1.0, *labels)
+        output = model.eval()(shuffle(patches, permutation)).detach().requires_grad_()
+        loss = loss_of(output, permutation + 1.0, *labels)
         grad = torch.autograd.grad(loss, output)[0]
         found = model.order(output)
         tau = (sign(found) * sign(permutation)).sum((1, 2)) / (n * (n - 1))
@@ -503,9 +517,9 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         for name, model in models.items():
-            new[name] = model.eval().embed(model.patches(frames), model.embedding)
+            new[name] = model.eval().embed(model.patches(frames), model.layer)
         for name, part in new.items():
-            if not first:  # in one piece: small ones between the large tensors would tie up memory
+            if not first:  # whole at once: small parts between large tensors would tie up memory
                 features[name] = torch.empty(len(notes), part.shape[1])
             features[name][first : first + len(part)] = part
         first += len(waveform)
@@ -513,8 +527,8 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
 
 
 def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
-    """The 3-layer MLP on standardised features: (N, D) -> (N, outputs). Clipped: where labels are
-    few, one outlier decides."""
+    """The 3-layer MLP, (N, D) -> (N, outputs). Its batch norm, always in eval mode, standardises by
+    what fit_head() sets. Clipped: where labels are few, one outlier decides."""
     return nn.Sequential(nn.BatchNorm1d(size, affine=False), nn.Hardtanh(-3, 3),
                          nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2),
                          nn.ReLU(), nn.Linear(hidden // 2, outputs)).eval()
@@ -538,29 +552,33 @@ def fit_head(x: Tensor, y: Tensor, valid_x: Tensor, valid_y: Tensor, hidden: int
     return kept.requires_grad_(False), best
 
 
-def score(x: dict, labels: dict, count: int, hidden: int, instruments: int):
-    """Heads and linear probes from `count` notes of "train": the metrics of "unseen" and "seen",
-    the heads of family and pitch, and their error on "valid". x: {split: (N, D)}."""
-    few, (family, player, pitch) = x["train"][:count], labels["train"][:count].T  # (N, D), (N,)
+def score(x: dict, labels: dict, count: int, hidden: int, n_instruments: int):
+    """MLPs (family_accuracy, instrument_accuracy, pitch_mse) and linear probes (family_linear,
+    pitch_accuracy, chroma_accuracy) from `count` notes of "train": these metrics of "unseen" and
+    "seen", the MLPs of family and pitch, and their error on "valid". x: {split: (N, D)}, labels:
+    {split: (N, 3)}."""
+    few, (family, instrument, pitch) = x["train"][:count], labels["train"][:count].T  # (N, D), (N,)
     valid, (valid_family, _, valid_pitch) = x["valid"], labels["valid"].T  # other instruments
     family_head, family_loss = fit_head(few, family, valid, valid_family, hidden, len(FAMILIES),
                                         F.cross_entropy)
     pitch_head, pitch_loss = fit_head(few, pitch, valid, valid_pitch, hidden, 1, pitch_error)
-    player_head, _ = fit_head(few, player, few, player, hidden, instruments, F.cross_entropy)
+    instrument_head, _ = fit_head(few, instrument, few, instrument, hidden, n_instruments,
+                                  F.cross_entropy)
     linear_family = linear_probe(few, F.one_hot(family, len(FAMILIES)).float(), iterations=40)
     linear_pitch = linear_probe(few, F.one_hot(pitch, 128).float(), iterations=40)
-    right = lambda guess, truth: (guess == truth).float().mean().item()
+    accuracy = lambda guess, truth: (guess == truth).float().mean().item()
     metrics = {}
     for split in ("unseen", "seen"):
-        z, (families, players, pitches) = x[split], labels[split].T
-        heard, known = linear_pitch(z).argmax(1), split == "seen"
+        z, (families, instruments, pitches) = x[split], labels[split].T
+        semitone = linear_pitch(z).argmax(1)
         metrics[split] = {
-            "family_accuracy": right(family_head(z).argmax(1), families),
-            "family_linear": right(linear_family(z).argmax(1), families),
-            "instrument_accuracy": right(player_head(z).argmax(1), players) if known else None,
+            "family_accuracy": accuracy(family_head(z).argmax(1), families),
+            "family_linear": accuracy(linear_family(z).argmax(1), families),
+            "instrument_accuracy":
+                accuracy(instrument_head(z).argmax(1), instruments) if split == "seen" else None,
             "pitch_mse": 100 * pitch_error(pitch_head(z), pitches).item(),
-            "pitch_accuracy": right(heard, pitches),
-            "chroma_accuracy": right(heard % 12, pitches % 12)}
+            "pitch_accuracy": accuracy(semitone, pitches),
+            "chroma_accuracy": accuracy(semitone % 12, pitches % 12)}
     return metrics, nn.ModuleList([family_head, pitch_head]), family_loss + pitch_loss
 
 
@@ -569,24 +587,24 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
     """Scores networks beside the baselines: the rows of a seed. The best network goes to `kept`."""
     if not counts:
         return [{"row": name, **metrics} for name, metrics in pretext.items()]
-    players = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
+    classes = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
     parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
     x = {split: embed(models, part, workers) for split, part in parts.items()}
-    labels = {split: torch.tensor([(note.family, players.get(note.instrument, -1), note.pitch)
+    labels = {split: torch.tensor([(note.family, classes.get(note.instrument, -1), note.pitch)
                                    for note in part]) for split, part in parts.items()}
     rows = []
     # a supervised network is scored only with as many labels as it was trained with
     scored = [(count, name) for count in counts for name in x["train"]
               if name.endswith(f", {count} labels") or not name.endswith(" labels")]
-    for count, name in in_background(tuple, scored, 0, "score"):  # a line every 20 s
+    for count, name in in_background(tuple, scored, 0, "score"):  # as they are; prints progress
         row = name.removesuffix(f", {count} labels")
         torch.manual_seed(random_key("heads", seed))
         mine = {split: features[name] for split, features in x.items()}
-        metrics, heads, error = score(mine, labels, count, hidden, len(players))
+        metrics, heads, error = score(mine, labels, count, hidden, len(classes))
         rows += [{"row": f"{row}, {count} labels, {split}", **values,
                   **pretext.get(name, dict.fromkeys(PRETEXT))}
                  for split, values in metrics.items()]
-        if name in pretext and error < kept.get("error", math.inf):
+        if name in pretext and error < kept.get("error", math.inf):  # the supervised do not compete
             size = (*models[name].grid, len(models[name].fixed))
             kept |= {"arm": f"{name}, seed {seed}", "error": error, "size": size,
                      "heads": heads.state_dict()}
@@ -594,7 +612,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
 
 
 def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
-    """The PNG: notes as they are, shuffled, put back by the model; scores against labels."""
+    """The PNG: notes as they are, shuffled, put back by the model; scores by number of labels."""
     from matplotlib.figure import Figure  # needs no display
 
     picture = Figure(figsize=(13, 6), layout="constrained")
@@ -608,17 +626,16 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     grid = left.subplots(len(notes), 3, squeeze=False)
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
-            grid_of_patches = view.unflatten(0, model.grid)  # (bands, slices, H, W)
-            image = grid_of_patches.transpose(1, 2).flatten(2).flatten(0, 1)  # (F, T)
-            axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")
+            image = torch.cat([torch.cat([*band], 1) for band in view.unflatten(0, model.grid)])
+            axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")  # (F, T)
             axis.set_axis_off()
-    lines = {}  # {arm: {labelled notes: its row}}
+    curves = {}  # {arm: {labelled notes: its row}}
     for row in rows:
         name, count, split = row["row"].split(", ")
         if split == "unseen":
-            lines.setdefault(name, {})[int(count.split()[0])] = row
+            curves.setdefault(name, {})[int(count.split()[0])] = row
     for axis, key in zip(right.subplots(2, 1), ("family_accuracy", "pitch_mse")):
-        for name, points in lines.items():
+        for name, points in curves.items():
             style = "o-" if name.split()[0] in LOSSES else "x:"
             axis.plot([*points], [row[key] for row in points.values()], style, label=name)
         axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
@@ -642,7 +659,7 @@ def new_network(network: str, grid: tuple, seed: int, device, loss="", outputs=0
 
 
 def load_kept(state: dict, device) -> nn.Module:
-    """The network of those in a checkpoint that was best on validation."""
+    """The network of a checkpoint that, of those trained without labels, was best on validation."""
     model = ContextFreeNetwork(state["args"]["network"], *state["kept"]["size"])
     model.load_state_dict(state["arms"][state["kept"]["arm"]])
     return model.to(device).eval()
@@ -653,7 +670,7 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     state = load_checkpoint(checkpoint, VERSION)
     if not state["kept"]:
         die(f"{checkpoint}: nothing is scored yet; go on with --resume, or train on labels")
-    print(f"model  {state['kept']['arm']}, the best on validation")
+    print(f"model  {state['kept']['arm']}, the best trained without labels")
     model, trained, notes = load_kept(state, device), state["args"], []
     for path, seconds in scan_audio(files, SAMPLE_RATE, 0.25, workers).items():
         if load_view(path, 0.0, model.heard).abs().max() < 1e-5:
@@ -686,11 +703,11 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
     for seed in trained.seed:
         models, (labelled, counts) = {}, deal(notes["train"], seed, label_counts)
         for grid in zip(trained.bands, trained.slices):
-            name = f" {grid[0]}x{grid[1]}" if len(trained.bands) > 1 else ""
+            suffix = f" {grid[0]}x{grid[1]}" if len(trained.bands) > 1 else ""
             for row in ("random encoder", *trained.losses):
-                model = models[row + name] = new_network(trained.network, grid, seed, device, row)
+                model = models[row + suffix] = new_network(trained.network, grid, seed, device, row)
                 if row in LOSSES:
-                    model.load_state_dict(state["arms"][f"{row}{name}, seed {seed}"])
+                    model.load_state_dict(state["arms"][f"{row}{suffix}, seed {seed}"])
         rows = compare(seed, models, {}, notes, labelled, counts, trained.hidden, workers, {})
         table.append(rows)
     there = state["args"] | {"data": str(data), "label_counts": label_counts}
@@ -726,15 +743,15 @@ def main(args: argparse.Namespace):
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):
             build = partial(new_network, args.network, grid, seed, device)
-            name = f" {grid[0]}x{grid[1]}" if len(args.bands) > 1 else ""
-            models["random encoder" + name] = build()
+            suffix = f" {grid[0]}x{grid[1]}" if len(args.bands) > 1 else ""
+            models["random encoder" + suffix] = build()
             for count in counts:
-                row, model = f"supervised{name}, {count} labels", build(outputs=1 + len(FAMILIES))
+                row, model = f"supervised{suffix}, {count} labels", build(outputs=1 + len(FAMILIES))
                 train_arm(f"{row}, seed {seed}", model, supervised_loss, labelled[:count],
                           shuffled=False)
                 models[row] = model
             for loss in args.losses:
-                row, model = loss + name, build(loss)
+                row, model = loss + suffix, build(loss)
                 train_arm(f"{row}, seed {seed}", model, LOSSES[loss], everything)
                 pretext[row] = pretext_metrics(model, LOSSES[loss], notes["valid"], workers)
                 models[row] = model

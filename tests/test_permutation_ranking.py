@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_the_networks_take_every_number_of_patches_in_both_directions():
             model = P.ContextFreeNetwork("small", *grid)
             patches = model.patches(model.front_end(torch.randn(2, 16000)))
             assert model(patches).shape == (2, math.prod(grid))
-            assert model.embed(patches, "patches").shape == (2, 64 * math.prod(grid))
+            assert model.embed(patches, "convolutions").shape == (2, 128 * math.prod(grid))
 
 
 def test_the_papers_network_has_its_widths_and_learns_from_a_step():
@@ -151,7 +152,7 @@ def test_the_papers_network_has_its_widths_and_learns_from_a_step():
     ).eval()  # stock AlexNet collapses from 8 bands up
     patches, choice = model.patches(model.front_end(torch.randn(2, 64000))), torch.tensor([1, 3])
     assert (
-        model.embed(patches, model.embedding).shape == (2, 4096)
+        model.embed(patches, model.layer).shape == (2, 4096)
         and model.joint.in_features == 12 * 1024
     )
     before = P.LOSSES["classification"](model(patches), None, choice, 1.0)
@@ -169,7 +170,7 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
     other = patches.clone()
     other[:, 3] = torch.randn_like(other[:, 3])
     change = (
-        (model.embed(patches, "patches") - model.embed(other, "patches"))
+        (model.embed(patches, "features") - model.embed(other, "patches"))
         .view(32, 10, 64)
         .abs()
         .amax((0, 2))
@@ -290,6 +291,24 @@ def test_loading_names_and_counts_what_is_missing_and_splits_by_instrument(folde
     assert not {n.instrument for n in inner["unseen"]} & {n.instrument for n in inner["train"]}
 
 
+def test_a_note_that_two_label_files_name_is_in_one_split_that_of_the_test_first(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    labels = {}
+    for file in (tmp_path / "all").glob("*/examples.json"):
+        labels |= json.loads(file.read_text())
+    (tmp_path / "all/examples.json").write_text(json.dumps(labels))
+    notes = P.load_notes(tmp_path / "all", 0)
+    paths = {split: [Path(note.path).name for note in part] for split, part in notes.items()}
+    assert len(set(sum(paths.values(), []))) == sum(map(len, paths.values()))
+    assert set(paths["unseen"]) == {Path(n.path).name for n in P.load_notes(folder, 0)["unseen"]}
+
+
+def test_the_same_grid_twice_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        P.parse_args("--bands 10 10 --slices 1 1".split())
+    assert "same grid" in capsys.readouterr().err
+
+
 def test_a_batch_is_the_same_for_any_reader_and_short_notes_are_padded(folder):
     notes = P.load_notes(folder, 0)["train"]
     load = lambda items: P.load_batch(3, items, "arm", notes, 1.0, torch.empty(0, 10))
@@ -362,7 +381,7 @@ def test_a_run_prints_its_table_and_writes_its_results(finished):
 def test_the_heads_leave_the_encoder_as_it_was_trained(finished):
     state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
     model = P.load_kept(state, "cpu")
-    x = model.embed(torch.randn(8, 10, 51, 25), model.embedding)
+    x = model.embed(torch.randn(8, 10, 51, 25), model.layer)
     x, y = x.detach(), torch.zeros(8).long()
     head, _ = P.fit_head(x, y, x, y, 8, 2, torch.nn.functional.cross_entropy)
     assert all(
