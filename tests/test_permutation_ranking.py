@@ -341,7 +341,7 @@ def test_embedding_many_notes_keeps_no_more_than_a_batch_of_them_in_memory(monke
     monkeypatch.setattr(P, "load_view", load)
     models = {"a": P.ContextFreeNetwork("small", 10, 1), "b": P.ContextFreeNetwork("small", 10, 1)}
     x = P.embed(models, [P.Note("file", 1.0)] * 150, 0)
-    assert x["a"].shape == (150, 640)
+    assert x["a"].shape == (150, 1280)
     assert len(alive) == 150 and max(alive) <= 66
 
 
