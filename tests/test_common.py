@@ -110,6 +110,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_no_longer_once_training_has_stop
     state, model = common.open_run(arguments, "test"), torch.nn.Linear(1, 1)
     load = lambda step, items: [torch.ones(len(items), 1)]
     optimiser, ended = torch.optim.AdamW(model.parameters()), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
     with pytest.raises(KeyboardInterrupt):
         for _, _, losses in common.training("arm", model, optimiser, 3, 2, load, 0, state):
             signal.raise_signal(signal.SIGINT)

@@ -170,8 +170,8 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
     other = patches.clone()
     other[:, 3] = torch.randn_like(other[:, 3])
     change = (
-        (model.embed(patches, "features") - model.embed(other, "patches"))
-        .view(32, 10, 64)
+        (model.embed(patches, "convolutions") - model.embed(other, "convolutions"))
+        .view(32, 10, 128)
         .abs()
         .amax((0, 2))
     )
