@@ -81,7 +81,7 @@ FIXED_PERMUTATIONS, SAMPLE_RATE = 100, 16000  # classes of the classification ar
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 5"  # of the checkpoint's contents
+VERSION = "permutation_ranking 6"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -347,7 +347,7 @@ def small_encoder(height: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(128, 64), nn.ReLU())
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Sequential(nn.Linear(128, 64), nn.ReLU()))
 
 
 def alexnet_encoder(height: int) -> nn.Module:
@@ -360,7 +360,7 @@ def alexnet_encoder(height: int) -> nn.Module:
         nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(),
         nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(),
         nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)),
-        nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5))
+        nn.Flatten(), nn.Sequential(nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5)))
 
 
 NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds of a note that are shuffled,
@@ -393,13 +393,13 @@ class ContextFreeNetwork(nn.Module):
         return cut(F.avg_pool1d(frames, self.averaged), *self.grid)
 
     def embed(self, patches: Tensor, layer: str) -> Tensor:
-        """(B, n, H, W) -> (B, D): all patches in order, each by the "convolutions" alone, without
-        its dense layer, which keeps less of the pitch; or the "joint" layer behind both."""
+        """(B, n, H, W) -> (B, D): the "joint" layer; or all patches in order, each by the encoder's
+        "convolutions" alone, without its last, dense part, which keeps less of the pitch."""
         mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
         patches = (patches - mean) / (sd + 0.3)  # order by loudness is no order
-        encoder = self.encoder[:-2] if layer == "convolutions" else self.encoder
-        features = encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E) of the whole
-        return features if layer == "convolutions" else F.relu(self.joint(features))
+        encoder = self.encoder if layer == "joint" else self.encoder[:-1]
+        features = encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E) for "joint"
+        return F.relu(self.joint(features)) if layer == "joint" else features
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, outputs)."""
@@ -626,8 +626,8 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     grid = left.subplots(len(notes), 3, squeeze=False)
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
-            image = torch.cat([torch.cat([*band], 1) for band in view.unflatten(0, model.grid)])
-            axis.imshow(image.cpu(), origin="lower", aspect="auto", cmap="magma")  # (F, T)
+            bands = [torch.cat([*band], 1) for band in view.unflatten(0, model.grid)]  # (H, T) each
+            axis.imshow(torch.cat(bands).cpu(), origin="lower", aspect="auto", cmap="magma")
             axis.set_axis_off()
     curves = {}  # {arm: {labelled notes: its row}}
     for row in rows:

@@ -19,7 +19,7 @@ constant; of music it follows the stretch, as onset density does, and not the te
     python tempo_equivariant.py --data ./gtzan         your recordings
     python tempo_equivariant.py --predict song.mp3     the tempo of a file
 
-Differences from the paper (in brackets what it does, by its released code: its body was not had)
+Differences from the paper (in brackets its released code, for its body could not be had)
 - Views are cropped out of more audio; the code pads, and the silent tail gives the rate away.
 - Stretch rates are log-uniform from 0.71 to 1.41 (uniform, 0.8 to 1.2): wide steps show more of z.
 - WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
