@@ -51,6 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.datasets import gtzan
+from torchaudio.functional import mask_along_axis_iid
 from torchaudio.transforms import GriffinLim, InverseMelScale
 
 from common import (LogMel, die, end_run, find_audio, in_background, linear_probe, load_checkpoint,
@@ -301,14 +302,12 @@ def make_views(waveform: Tensor, front: FrontEnd, families: list) -> Tensor:
         axis, low_cut = torch.linspace(0, 1, bands, device=device), some(0.5)
         beyond = torch.where(low_cut, within(0.07, 0.38) - axis, axis - within(0.55, 0.75)).relu()
         x = x - (within(0, 8) * beyond)[:, :, None] / front.sd  # to 18 dB per octave
-    for dim, share in ((1, 0.15), (2, 0.2)) if "image" in families else ():
-        size, index = x.shape[dim], torch.arange(x.shape[dim], device=device)
-        half = some(0.5) * within(0, share) * size / 2  # what is masked becomes the mean, 0
-        hidden = (index - half - within(0, 1) * (size - 2 * half)).abs() < half
-        x = x.masked_fill(hidden.unsqueeze(3 - dim), 0)
-        blur = (some(0.2) * within(0, 0.25))[:, :, None]  # what a cell gives its neighbours
-        before, after = (index - 1).clamp(min=0), (index + 1).clamp(max=size - 1)
-        x = x + blur * (x.index_select(dim, before) + x.index_select(dim, after) - 2 * x)
+    if "image" in families:
+        for dim, share in ((1, 0.15), (2, 0.2)):  # what is masked becomes the mean, 0
+            masked = mask_along_axis_iid(x, round(share * x.shape[dim]), 0.0, dim)
+            x = torch.where(some(0.5)[:, :, None], masked, x)
+        blurred = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        x = x.lerp(blurred, (some(0.2) * within(0, 1))[:, :, None])
     return torch.where(some(0.5)[:, :, None], x.flip(2), x) if "flip" in families else x
 
 
