@@ -496,81 +496,62 @@ def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int
         losses.append(loss.detach())
 
 
-def learn_codes(key: str, models: nn.ModuleDict, load, train_arm, clips: list, seen: Tensor,
-                dictionary: tuple, workers: int) -> dict:
-    """The generative half, one part after the other: autoencoder, dictionary (slices, restarts),
-    Transformer. Returns what is known of the codes; nats are of clips not seen."""
-    front, tokenizer, model = models["front"], models["tokenizer"], models["code_model"]
-    context, vectors = model.context, []
-    load = partial(load, excerpt=2 * context * front.spectrogram.hop_length / SAMPLE_RATE)
-
-    def reconstruction_loss(network, waveform, _):
-        """The autoencoder's loss, of (B, S) excerpts."""
-        slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
-        return F.mse_loss(network(slices), slices)
-
-    train_arm(f"{key} autoencoder", tokenizer, reconstruction_loss, load)
-    silence = (math.log(front.floor) - front.mean) / front.sd + 0.01
-    # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
-    batches = math.ceil(min(dictionary[0] / context, 4 * int(seen.sum())) / 64)
-    load_more = partial(load, arm=f"{key} dictionary", items=range(64))
-    with torch.no_grad():
-        for waveform, _ in in_background(load_more, range(batches), workers):
-            log_mel = front(waveform.to(front.mean.device))  # (64, F, T)
-            loud = log_mel.unfold(2, 2, 2).amax((1, 3)).flatten() > silence  # or it takes up codes
-            vectors.append(tokenizer.encoder(tokenizer.slices(log_mel)[loud]))
-        torch.manual_seed(random_key(key, "k-means"))
-        codes = len(tokenizer.centroids)
-        tokenizer.centroids.copy_(k_means(torch.cat(vectors), codes, dictionary[1]))
+@torch.no_grad()
+def fit_dictionary(key: str, front: FrontEnd, tokenizer: Tokenizer, batches, restarts: int):
+    """k-means on the slices of all batches but those of silence, which would take up codes."""
+    vectors, silence = [], (math.log(front.floor) - front.mean) / front.sd + 0.01
+    for waveform, _ in batches:
+        log_mel = front(waveform.to(front.mean.device))  # (B, F, T)
+        loud = log_mel.unfold(2, 2, 2).amax((1, 3)).flatten() > silence
+        vectors.append(tokenizer.encoder(tokenizer.slices(log_mel)[loud]))
+    torch.manual_seed(random_key(key, "k-means"))
+    tokenizer.centroids.copy_(k_means(torch.cat(vectors), len(tokenizer.centroids), restarts))
     if dist.is_initialized():
         dist.broadcast(tokenizer.centroids, 0)  # sums on a GPU differ in their last digits
-    generative_loss = lambda network, waveform, _: next_code_loss(
-        network, tokenizer.codes(front(waveform)))
-    train_arm(f"{key} next code", model, generative_loss, load)
-    learnt, held_out = [], []  # codes of the clips that were seen and of the others, in parts
-    with torch.no_grad():
-        for log_mel, use in zip(read_clips([path for path, *_ in clips], front, workers), seen):
-            parts = tokenizer.codes(log_mel)[0].cpu().split(context)  # (context,), the last shorter
-            (learnt if use else held_out).extend(parts)
-        learnt, held_out = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
-                            for parts in (learnt, held_out))
-        model.eval()
-        total = (held_out >= 0).sum().item()
-        known = count_codes(learnt, held_out, codes) | {"next_code": 0.0}
-        for part in held_out.split(64):
-            loss = next_code_loss(model, part.to(front.mean.device)).item()
-            known["next_code"] += loss / total * (part >= 0).sum().item()
-    print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
-    return known
 
 
 def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: list, targets: Tensor,
-             seen: Tensor, train_arm, objectives: list, families: list, temperature: float,
-             sequences: int, dictionary: tuple, workers: int) -> dict:
-    """Trains all arms of a seed and a split on the clips that are `seen` (N,): `models` without
-    labels, `labelled` with them. Returns what is known of the codes."""
-    front = models["front"]
-    load = partial(load_batch, clips=[c for c, s in zip(clips, seen) if s], targets=targets[seen])
+             train_arm, objectives: list, families: list, temperature: float, sequences: int,
+             dictionary: tuple, workers: int):
+    """Trains all arms of a seed and a split on these clips: `models` without labels, `labelled`
+    with them. The losses are of (B, S) excerpts and their (B, C) targets."""
+    front, tokenizer, code_model = models["front"], models["tokenizer"], models["code_model"]
+    load = partial(load_batch, clips=clips, targets=targets)
     x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
     front.mean.copy_(x.mean()), front.sd.copy_(x.std())
     view = partial(make_views, front=front, families=families)
 
     def contrastive_loss(network, waveform, _):
-        """The contrastive loss, of two views of each of the (N, S) excerpts."""
-        z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (N, 128) each, of the same clips
+        z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (B, 128) each, of the same clips
         return nt_xent(z1, z2, temperature)
 
-    supervised_loss = lambda network, waveform, truth: F.cross_entropy(
-        network(view(waveform)), truth)
-    under = lambda models, head: nn.Sequential(models["encoder"], models[head])  # encoder and head
+    def supervised_loss(network, waveform, truth):
+        return F.cross_entropy(network(view(waveform)), truth)
+
+    def reconstruction_loss(network, waveform, _):
+        slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
+        return F.mse_loss(network(slices), slices)
+
+    def generative_loss(network, waveform, _):
+        return next_code_loss(network, tokenizer.codes(front(waveform)))
+
     if "contrastive" in objectives:
-        train_arm(f"{key} contrastive", under(models, "projector"), contrastive_loss, load)
+        network = nn.Sequential(models["encoder"], models["projector"])
+        train_arm(f"{key} contrastive", network, contrastive_loss, load)
     if targets.shape[1]:
-        train_arm(f"{key} supervised", under(labelled, "classifier"), supervised_loss, load)
-    if "generative" not in objectives:
-        return {}
-    return learn_codes(key, models, load, partial(train_arm, batch_size=sequences), clips, seen,
-                       dictionary, workers)
+        network = nn.Sequential(labelled["encoder"], labelled["classifier"])
+        train_arm(f"{key} supervised", network, supervised_loss, load)
+    if "generative" in objectives:  # one part after the other
+        excerpt = 2 * code_model.context * front.spectrogram.hop_length / SAMPLE_RATE  # seconds
+        load, train_arm = partial(load, excerpt=excerpt), partial(train_arm, batch_size=sequences)
+        train_arm(f"{key} autoencoder", tokenizer, reconstruction_loss, load)
+        slices, restarts = dictionary
+        # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
+        count = math.ceil(min(slices / code_model.context, 4 * len(clips)) / 64)
+        load_64 = partial(load, arm=f"{key} dictionary", items=range(64))
+        batches = in_background(load_64, range(count), workers)
+        fit_dictionary(key, front, tokenizer, batches, restarts)
+        train_arm(f"{key} next code", code_model, generative_loss, load)
 
 
 # -----------------------------------------------------------------------------
@@ -578,26 +559,22 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
 # D features, C classes, n windows of a clip, L codes of a clip.
 
 
-def read_clips(paths: list, front: FrontEnd, workers: int):
-    """Yields the spectrogram (1, F, T) of each clip, repeated if it is shorter than a view."""
-    read = partial(read_audio, sample_rate=SAMPLE_RATE)
-    for waveform in in_background(read, paths, workers, "embed"):
-        waveform = waveform.repeat(math.ceil(WINDOW / len(waveform)))
-        yield front(waveform[None].to(front.mean.device))
-
-
 @torch.no_grad()
-def embed(variants: list, paths: list, workers: int) -> list[dict]:
+def embed(variants: list, paths: list, workers: int) -> tuple[list[dict], list[Tensor]]:
     """For each variant of the models {name: (N, D)}: statistics of a whole clip, and of the states
-    that networks have in windows that overlap by half. Clips are read once, and by the front end
-    and tokenizer of the first."""
+    that networks have in windows that overlap by half; and the codes of each clip. Clips are read
+    once, and by the front end and tokenizer of the first."""
     front, tokenizer = variants[0]["front"], variants[0]["tokenizer"]
-    found, size = [[] for _ in variants], len(tokenizer.centroids)
+    found, codes_of, size = [[] for _ in variants], [], len(tokenizer.centroids)
     nn.ModuleList(variants).eval()
     frames = front.frames  # of a window; it has half as many codes
-    for log_mel in read_clips(paths, front, workers):  # (1, F, T)
+    read = partial(read_audio, sample_rate=SAMPLE_RATE)
+    for waveform in in_background(read, paths, workers, "embed"):
+        waveform = waveform.repeat(math.ceil(WINDOW / len(waveform)))  # no shorter than a view
+        log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
         windows = log_mel[0].unfold(1, frames, frames // 2).transpose(0, 1)  # (n, F, frames)
         codes = tokenizer.codes(log_mel)[0]  # (L,)
+        codes_of.append(codes.cpu())
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
             # windows as long, but whole codes apart: at times 24 frames for 25, and so one more
@@ -611,7 +588,7 @@ def embed(variants: list, paths: list, workers: int) -> list[dict]:
                    "generative, last position": last[:, -1].mean(0)}
             new |= {f"generative, layer {i}": x.mean((0, 1)) for i, x in enumerate(lower, 1)}
             rows.append({name: value.cpu() for name, value in new.items()})
-    return [torch.utils.data.default_collate(rows) for rows in found]  # stacks by name
+    return [torch.utils.data.default_collate(rows) for rows in found], codes_of  # stacks by name
 
 
 def score(logits: Tensor, targets: Tensor) -> dict:
@@ -629,33 +606,44 @@ def score(logits: Tensor, targets: Tensor) -> dict:
     return {"mAP": average, "top1_hit": hit, "clips": len(truth)}
 
 
-def count_codes(seen: Tensor, held_out: Tensor, codes: int) -> dict:
-    """How many codes are in use, their perplexity, and the cross-entropy of unigrams and bigrams
-    counted in `seen`, in nats per held-out code; sequences (n, L), -100 where none are. The bigrams
-    are smoothed in their favour: as is best for the held-out codes."""
-    before = lambda x: F.pad(x, (1, 0), value=codes)[:, :-1][x >= 0]  # `codes`: a sequence begins
-    pairs = torch.zeros(codes + 1, codes)
+@torch.no_grad()
+def count_codes(model: CodeModel, clips: list, test: Tensor) -> dict:
+    """How many codes are in use and their perplexity in clips [(L,)] outside `test`; the nats per
+    code of those in `test` by the unigrams and bigrams of the former, these smoothed as is best for
+    the test, and by the model."""
+    K, parts = model.head.out_features, ([], [])
+    for codes, held_out in zip(clips, test):
+        parts[int(held_out)].extend(codes.split(model.context))  # the last is shorter
+    seen, new = (nn.utils.rnn.pad_sequence(part, True, -100) for part in parts)  # (n, context)
+    before = lambda x: F.pad(x, (1, 0), value=K)[:, :-1][x >= 0]  # K: a sequence begins
+    pairs = torch.zeros(K + 1, K)
     pairs.index_put_((before(seen), seen[seen >= 0]), torch.ones(()), accumulate=True)
-    count = pairs.sum(0)  # (codes,), of each code
+    count = pairs.sum(0)  # (K,), of each code
     p = (count + 0.5) / (count + 0.5).sum()
-    i, j = before(held_out), held_out[held_out >= 0]
+    i, j = before(new), new[new >= 0]
     smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
-    return {"codes_used": count.count_nonzero().item(),
-            "perplexity": torch.special.entr(count / pairs.sum()).sum().exp().item(),
-            "unigram": -p[j].log().mean().item(),
-            "bigram": min(-q.log().mean().item() for q in smooth)}
+    loss = lambda part: next_code_loss(model, part.to(model.head.weight.device)).item()
+    known = {"codes_used": count.count_nonzero().item(),
+             "perplexity": torch.special.entr(count / pairs.sum()).sum().exp().item(),
+             "unigram": -p[j].log().mean().item(),
+             "bigram": min(-q.log().mean().item() for q in smooth),
+             "next_code": sum(loss(part) / len(j) * (part >= 0).sum().item()
+                              for part in new.split(64))}
+    print("codes  " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
+    return known
 
 
-def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor, parts: np.ndarray,
+def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.ndarray,
             objectives: list, classes: list, workers: int, picture: Path | None):
     """All rows of a seed and a split, and what --predict needs; draws the picture, if asked to."""
     models, _, labelled = variants  # trained without labels, not trained, trained with labels
     paths = [clip[0] for clip in clips]
     fit, valid, test = (torch.from_numpy(parts == part) for part in ("train", "valid", "test"))
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
+    (ours, random, supervised), codes = embed(variants, paths, workers)
+    known = count_codes(models["code_model"], codes, test) if "generative" in objectives else {}
     if not classes:
         return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
-    ours, random, supervised = embed(variants, paths, workers)
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": random["contrastive"], "contrastive": ours["contrastive"]}
@@ -684,23 +672,23 @@ def compare(key: str, variants: list, known: dict, clips: list, targets: Tensor,
     logits = labelled["classifier"].cpu()(supervised["contrastive"][test])
     rows.append({"row": "supervised", **score(logits, targets[test])})
     if picture:
-        i, models = test.nonzero()[0].item(), models.cpu()
-        clip = models["front"](read_audio(paths[i], SAMPLE_RATE)[None])  # (1, F, T)
-        codes = models["tokenizer"].codes(clip)[0]
-        write_whole(picture, partial(
-            draw, features={name: x[test] for name, x in features.items()}, found=found,
-            truth=targets[test].argmax(1), classes=classes, clip=clip[0], codes=codes,
-            decoded=models["tokenizer"].decode(codes, clip).detach(),
-            title=f"{kept['row']}, {key}"))
+        held_out = {name: x[test] for name, x in features.items()}
+        write_whole(picture, lambda path: draw(
+            path, held_out, targets[test].argmax(1), found, classes, f"{kept['row']}, {key}",
+            models.cpu(), paths[test.nonzero()[0].item()]))
     return rows, kept
 
 
+@torch.no_grad()
 def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list, title: str,
-         clip: Tensor, codes: Tensor, decoded: Tensor):
+         models: nn.ModuleDict, file: str):
     """The PNG: embeddings of held-out clips, one of them as codes and back, the confusions."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # needs no display
 
+    clip = models["front"](read_audio(file, SAMPLE_RATE)[None])  # (1, F, T)
+    codes = models["tokenizer"].codes(clip)  # (1, L)
+    decoded = models["tokenizer"].decode(codes[0], clip)  # (F, 2 L)
     picture = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = picture.subplots(2, 3)
     for axis, name in zip(top, ("random VGG", "contrastive", "generative")):
@@ -713,12 +701,12 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
         for c, label in enumerate(classes):
             axis.plot(*x[truth == c].T, ".", color=colormaps["tab20"](c % 20), label=label)
         axis.set(title=f"{name}, PCA", xticks=[], yticks=[])
-    for axis, name, image in ((bottom[0], "log-mel", clip), (bottom[1], "decoded", decoded)):
+    for axis, name, image in ((bottom[0], "log-mel", clip[0]), (bottom[1], "decoded", decoded)):
         axis.imshow(image.numpy(), aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
         axis.set(title=f"held-out clip, {name}", xlabel="frame", ylabel="mel band")
     bottom[1].set_visible("generative" in features)
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
-    track.imshow(codes[None].numpy(), aspect="auto", cmap="prism", interpolation="nearest")
+    track.imshow(codes.numpy(), aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes as colours")
     counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -767,7 +755,7 @@ def predict(files: list, count: int, out: Path, device, workers: int):
             sample(models, path, count, out / "samples" / f"{number}_{path.stem}")
     if not kept["row"]:
         return
-    features = embed([models], usable, 0)[0][kept["row"]]
+    features = embed([models], usable, 0)[0][0][kept["row"]]
     print(f"model  {kept['row']}, {kept['key']}")
     chances = F.linear(features, **kept["probe"]).softmax(1)
     for path, chance in zip(usable, chances):
@@ -856,12 +844,12 @@ def main(args: argparse.Namespace):
                 torch.manual_seed(random_key("weights", seed))
                 models = make_models(len(classes), **vars(args)).to(device)
                 random, labelled = deepcopy(models), deepcopy(models)  # the same first weights
-                known = pretrain(
-                    key, models, labelled, clips, targets, torch.from_numpy(parts != "test"),
-                    train_arm, args.objectives, args.views, args.temperature, args.sequences,
-                    args.dictionary, args.workers)
+                seen = np.flatnonzero(parts != "test")
+                pretrain(key, models, labelled, [clips[i] for i in seen], targets[seen], train_arm,
+                         args.objectives, args.views, args.temperature, args.sequences,
+                         args.dictionary, args.workers)
                 rows_of[key], kept = compare(
-                    key, [models, random, labelled], known, clips, targets, parts, args.objectives,
+                    key, [models, random, labelled], clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")
                 # for --predict, of the first split; "arms" has no front end and no dictionary
                 state["kept"] = state["kept"] or kept

@@ -238,16 +238,22 @@ def test_map_of_equal_scores_is_about_the_share_of_a_class_in_any_order_of_clips
     assert script.score(torch.zeros(2000, 2), targets)["mAP"] == pytest.approx(0.5, abs=0.03)
 
 
+def counted(seen, new, codes):
+    """count_codes() of ten sequences each, (10, L)."""
+    model = script.CodeModel(codes, seen.shape[1], 1, 8, 1)
+    return script.count_codes(model, [*seen, *new], torch.arange(20) >= 10)
+
+
 def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
     cycle = torch.arange(4).repeat(10, 25)
-    found = script.count_codes(cycle, cycle, 4)
+    found = counted(cycle, cycle, 4)
     assert found["unigram"] == pytest.approx(math.log(4), rel=1e-3) and found["bigram"] < 0.05
     noise = torch.randint(4, (10, 1000), generator=torch.Generator().manual_seed(0))
-    assert script.count_codes(noise, noise, 4)["bigram"] == pytest.approx(
-        math.log(4), rel=0.01
-    )  # nothing to know
+    nothing = counted(noise, noise, 4)  # to know: next_code is of a model that is not trained
+    assert nothing["bigram"] == pytest.approx(math.log(4), rel=0.01)
+    assert nothing["next_code"] == pytest.approx(math.log(4), rel=0.1)
     assert found["codes_used"] == 4 and found["perplexity"] == pytest.approx(4, rel=1e-3)
-    assert script.count_codes(0 * cycle, cycle, 256)["perplexity"] == 1
+    assert counted(0 * cycle, cycle, 256)["perplexity"] == 1
 
 
 # Layouts
@@ -352,7 +358,7 @@ def test_embedding_many_clips_keeps_no_more_than_a_batch_of_them_in_memory(monke
 
     monkeypatch.setattr(script, "read_audio", load)
     models = script.make_models(3, **vars(script.parse_args([])))
-    x = script.embed([models, models], ["file"] * 60, 0)[1]
+    x = script.embed([models, models], ["file"] * 60, 0)[0][1]
     assert x["both"].shape == (60, 512 + 2 * 128)  # mean and sd
     assert len(alive) == 60 and max(alive) <= 3
 
