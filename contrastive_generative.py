@@ -167,8 +167,8 @@ def write_sound(number: int, folder: Path):
     write_whole(path, lambda p: soundfile.write(p, sound, SAMPLE_RATE, format="WAV"))
 
 
-def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[str, list[tuple]]:
-    """The data set that a folder holds, and [(path, class names, part)]: the part a fold, or train,
+def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[str, dict]:
+    """The data set that a folder holds, and {path: (class names, part)}: the part a fold, or train,
     valid or test as the data set says, or '' where it says nothing."""
     tables = {file.name: file for file in find_audio(folder, {".csv"})}
     if subset and "esc50.csv" not in tables:
@@ -188,24 +188,24 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
     find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
     try:
         if "esc50.csv" in tables:
-            return f"ESC-50, official folds of {tables['esc50.csv']}", [
-                (find(row["filename"]), [row["category"]], row["fold"])
-                for row in read("esc50.csv") if not subset or row["esc10"] == "True"]
+            return f"ESC-50, official folds of {tables['esc50.csv']}", {
+                find(row["filename"]): ([row["category"]], row["fold"])
+                for row in read("esc50.csv") if not subset or row["esc10"] == "True"}
         if {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
-            return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", [
-                (find(row["fname"]), row["labels"].split(","), parts[row.get("split")])
-                for name in ("dev.csv", "eval.csv") for row in read(name)]
+            return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", {
+                find(row["fname"]): (row["labels"].split(","), parts[row.get("split")])
+                for name in ("dev.csv", "eval.csv") for row in read(name)}
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     part_of = {name: part for part in ("train", "valid", "test")
                for name in getattr(gtzan, f"filtered_{part}")}
-    songs = [(path, path.stem.removeprefix("gtzan_").replace("_", ".")) for path in paths]
-    songs = [(path, name) for path, name in songs if name in part_of]  # such as blues.00000
+    names = [path.stem.removeprefix("gtzan_").replace("_", ".") for path in paths]
+    songs = {path: ([name.split(".")[0]], part_of[name]) for path, name in zip(paths, names)
+             if name in part_of}  # such as blues.00000
     if len(songs) > 0.8 * len(paths):
-        return "GTZAN, fault-filtered split", [
-            (path, [name.split(".")[0]], part_of[name]) for path, name in songs]
-    return "class folders, stratified folds", [(path, [path.parent.name], "") for path in paths]
+        return "GTZAN, fault-filtered split", songs
+    return "class folders, stratified folds", {path: ([path.parent.name], "") for path in paths}
 
 
 def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
@@ -215,27 +215,26 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
         die(f"--data {folder}: no such folder; expected ESC-50, FSD50K, GTZAN or class folders")
     paths = find_audio(folder)
     layout, rows = find_layout(folder, paths, subset)
-    usable = scan_audio([path for path, *_ in rows], SAMPLE_RATE, 0.1, workers)
-    names_of = {path: names for path, names, _ in rows if path in usable}  # once, if in two rows
-    sizes = Counter(name for names in names_of.values() for name in names)
-    dealt, clips = Counter(), []
+    usable = scan_audio(list(rows), SAMPLE_RATE, 0.1, workers)
+    sizes = Counter(name for path in usable for name in rows[path][0])
+    dealt, clips, listed = Counter(), [], list(rows.items())
     single = [name for name in sizes if sizes[name] == 1]
     scored = len(sizes) - len(single) > 1  # classes that can be told apart
     for i in np.random.default_rng(0).permutation(len(rows)):
-        path, names, part = rows[i]
+        path, (names, part) = listed[i]
         names = [name for name in names if name not in single] if scored else []
         stratum = names[0] if names else ""  # dealt into five folds in turn, unusable files too:
         dealt[stratum] += 1  # where one is mended, the other clips stay in their folds
-        if path in usable and (names or not scored):  # popped: a file of two rows is in one part
+        if path in usable and (names or not scored):
             part = part or str(dealt[stratum] % 5 + 1)
-            clips.append((str(path), usable.pop(path), names, part))
+            clips.append((str(path), usable[path], names, part))
     for name in single if scored else ():
         print(f"skip   class {name}: one clip is too few to learn from and to test")
     counts = dict(sorted(Counter(part for *_, part in clips).items()))
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
         die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
     print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
-          f"{len(set(paths) - {row[0] for row in rows})} files are not in it")
+          f"{len(set(paths) - set(rows))} files are not in it")
     return sorted(clips)
 
 
