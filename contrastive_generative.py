@@ -688,6 +688,7 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     clip = models["front"](read_audio(file, SAMPLE_RATE)[None])  # (1, F, T)
     codes = models["tokenizer"].codes(clip)  # (1, L)
     decoded = models["tokenizer"].decode(codes[0], clip)  # (F, 2 L)
+    classes = [name.replace("$", r"\$") for name in classes]  # or matplotlib takes it for a formula
     picture = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = picture.subplots(2, 3)
     for axis, name in zip(top, ("random VGG", "contrastive", "generative")):
