@@ -31,7 +31,6 @@ generative 60.1 %, contrastive 55.6 %, data not named); the sizes in `paper` are
   outweigh the contrastive ones. Beside it the same with an untrained Transformer.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
-- Griffin-Lim turns decoded continuations into sound.
 
 Copy this file and common.py; nothing else is needed.
 """
@@ -241,8 +240,7 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
 def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
                excerpt=EXCERPT_SECONDS):
     """Batch `step` of an arm: (B, S) excerpts, tiled where a clip is too short, and (B, C) targets.
-    No clip twice if they suffice; each item draws from (arm, step, item) alone. pretrain() fills in
-    clips and targets, training() step and items, what is between them the rest."""
+    No clip twice if they suffice; each item draws from (arm, step, item) alone."""
     order = np.random.default_rng(random_key(arm, step)).permutation(len(clips))
     chosen, waveforms = [order[item % len(clips)] for item in items], []
     samples = round(excerpt * SAMPLE_RATE)
@@ -667,25 +665,23 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
             loss = F.cross_entropy(probe(fit)(x[valid]), targets[valid]).item()
             if loss < kept["loss"]:
                 kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
-                found = layer(x[test]).argmax(1)
     logits = labelled["classifier"].cpu()(supervised["contrastive"][test])
     rows.append({"row": "supervised", **score(logits, targets[test])})
     if picture:
         held_out = {name: x[test] for name, x in features.items()}
-        write_whole(picture, lambda path: draw(
-            path, held_out, targets[test].argmax(1), found, classes, f"{kept['row']}, {key}",
-            models.cpu(), paths[test.nonzero()[0].item()]))
+        truth, file = targets[test].argmax(1), paths[test.nonzero()[0].item()]
+        write_whole(picture, lambda path: draw(path, held_out, truth, classes, kept, models, file))
     return rows, kept
 
 
 @torch.no_grad()
-def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list, title: str,
+def draw(path: Path, features: dict, truth: Tensor, classes: list, kept: dict,
          models: nn.ModuleDict, file: str):
     """The PNG: embeddings of held-out clips, one of them as codes and back, the confusions."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # needs no display
 
-    clip = models["front"](read_audio(file, SAMPLE_RATE)[None])  # (1, F, T)
+    clip = models.cpu()["front"](read_audio(file, SAMPLE_RATE)[None])  # (1, F, T)
     codes = models["tokenizer"].codes(clip)  # (1, L)
     decoded = models["tokenizer"].decode(codes[0], clip)  # (F, 2 L)
     classes = [name.replace("$", r"\$") for name in classes]  # or matplotlib takes it for a formula
@@ -708,10 +704,11 @@ def draw(path: Path, features: dict, truth: Tensor, found: Tensor, classes: list
     track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
     track.imshow(codes.numpy(), aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes as colours")
+    found = F.linear(features[kept["row"]], **kept["probe"]).argmax(1)  # (N,), the answers
     counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     bottom[2].imshow(shares.numpy(), cmap="Blues")
-    bottom[2].set(title=title, xlabel="answer", ylabel="class")
+    bottom[2].set(title=f"{kept['row']}, {kept['key']}", xlabel="answer", ylabel="class")
     if len(classes) <= 20:
         top[1 if "contrastive" in features else 2].legend(fontsize=7)
         bottom[2].set_xticks(range(len(classes)), classes, rotation=90)
