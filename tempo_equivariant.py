@@ -1,10 +1,10 @@
 """Tempo from time-stretch equivariance, after E. Quinton, "Equivariant self-supervision for musical
 tempo estimation", ISMIR 2022 (arXiv 2209.01478).
 
-Play a recording a times faster and its tempo is a times higher, whatever it was. So draw two
-stretch rates, make two views of an unlabelled clip, let an encoder give each view one number z, and
-ask that z_i/z_j = a_i/a_j. The unknown tempo cancels; no labels, no negatives, and no collapse, for
-a constant z has the wrong ratio. A head of 300 classes, or one constant from drum loops, gives BPM.
+Play a recording a times faster and its tempo is a times higher, whatever it was. So make two views
+of an unlabelled clip, stretched by a_i and a_j, let an encoder give each one number z, and ask that
+z_i/z_j = a_i/a_j. The unknown tempo cancels; nothing collapses, for a constant z has the wrong
+ratio. A head of 300 classes, or one constant from drum loops, gives BPM.
 
 Measured, Accuracy 1 / 2, 3 seeds          demo: 400 generated clips      102 real excerpts
   periodicity, no labels, songs left out   .888 / .987                    .823 / .936
@@ -20,7 +20,7 @@ constant; of music it follows the stretch, as onset density does, and not the te
     python tempo_equivariant.py --predict song.mp3     the tempo of a file
 
 Differences from the paper (in brackets its released code, for its body could not be had)
-- Views are cropped out of more audio; the code pads, and the silent tail gives the rate away.
+- Views are cropped out of more audio (padded: the silent tail gives the rate away).
 - Stretch rates are log-uniform from 0.71 to 1.41 (uniform, 0.8 to 1.2): wide steps show more of z.
 - WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
   as in the released model (no pitch shift, volume, polarity, noise or frequency mask).
@@ -31,12 +31,12 @@ Differences from the paper (in brackets its released code, for its body could no
 - AdamW (weight decay 1e-4), one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is
   a pole of the ratio.
 - Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
-  fitted to a frozen encoder by L-BFGS; the code trains all weights and calls them frozen: our row
-  "fine-tuned", for which the demo has no time. Encoders trained with labels see stretched views.
-- Files are read in windows of 13.6 s, longer than views (as long), which overlap and reach the end
-  (side by side, the rest is dropped). The tempo is the arg max of their mean (the slower of the two
-  best classes: half the tempo wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
-- Ours beside it: the periodicity encoder on flux views, and the label-free read-out: one constant
+  fitted to a frozen encoder by L-BFGS (all weights are trained, though called frozen: our row
+  "fine-tuned", for which the demo has no time). Encoders trained with labels see stretched views.
+- Windows of whole files are longer than views (as long), overlap and reach the end (side by side,
+  the rest is dropped). The tempo is the arg max of their mean (the slower of the two best classes:
+  half of it wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
+- Ours beside it: the periodicity encoder on flux views, and the label-free read-out by one constant
   from drum loops, its octave and a prior about 120 BPM.
 
 Copy this file and common.py; nothing else is needed.
@@ -225,22 +225,20 @@ def write_track(number: int, folder: Path, sample_rate: int, seconds=16.0) -> st
 # Data: recordings and their tempo, in the layouts and annotation formats of the tempo data sets.
 
 TRUTH_KINDS = "annotations_v2 .bpm .jams .beats .mf .json .csv .tsv".split()  # best first
-TRACK_NAME = re.compile(  # what all names of a track share, less what data sets put around it
-    r"(?s)(?:giantsteps_|acm_mirum_|hainsworth_|hains|ballroom_|smc_)*(.*?)"
-    r"(?:\.(?:wav|au|mp3|flac|ogg|oga|opus|aif|aiff|clip|lofi|jams|bpm|beats))*")
 
 
 def track_key(name: str) -> str:
     """gtzan_blues_00000.bpm, genres/blues/blues.00000.wav and the like -> blues.00000"""
-    base = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")[-1].lower()
-    return re.sub(r"^(?:gtzan_)?([a-z]+)[._](\d{5})$", r"\1.\2", TRACK_NAME.fullmatch(base)[1])
+    key = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")[-1].lower()
+    key = re.sub(r"^(giantsteps_|acm_mirum_|hainsworth_|hains|ballroom_|smc_)+", "", key)
+    key = re.sub(r"(\.(wav|au|mp3|flac|ogg|oga|opus|aiff?|clip|lofi|jams|bpm|beats))+$", "", key)
+    return re.sub(r"^(?:gtzan_)?([a-z]+)[._](\d{5})$", r"\1.\2", key)
 
 
 def read_truth(path: Path) -> list[tuple]:
     """(track name, BPM, song or '') of each track in an annotation file; [] if it is none."""
-    data, kind = path.read_bytes(), path.suffix.lower()
-    text = data.decode(json.detect_encoding(data), "replace")  # UTF-8, or a UTF-16 of Windows
-    text = text.lstrip("\r\n")
+    data, kind = path.read_bytes(), path.suffix.lower()  # in UTF-8, or a UTF-16 of Windows
+    text = data.decode(json.detect_encoding(data), "replace").lstrip("\r\n")
     gap = lambda times: np.median(np.diff(np.array(times, float))) if times[1:] else 0
     beat_tempo = lambda times: 60 / gap(times) if gap(times) else 0
     if kind == ".bpm":  # the first token
@@ -270,12 +268,12 @@ def read_truth(path: Path) -> list[tuple]:
 
 
 def to_bpm(value) -> float:
-    """A number above 0, or nan for whatever else an annotation holds."""
+    """A number from above 0 to below 1000, or nan for whatever else an annotation holds."""
     try:
         number = float(str(value).replace(",", "."))  # 68,5 beside a semicolon
     except ValueError:
         return math.nan
-    return number if 0 < number < math.inf else math.nan
+    return number if 0 < number < 1000 else math.nan
 
 
 def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]:
@@ -311,7 +309,7 @@ def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]
         if used:
             print(f"truth  {kind} in {', '.join(map(str, sorted(used)))}: {count} of "
                   f"{len(paths)} files have a tempo; {strangers} annotations fit no file or "
-                  f"several, {numberless} hold no number")
+                  f"several, {numberless} hold no tempo")
         if count:
             return truth
     print("truth  none found. For GTZAN put the folder tempo of "
@@ -338,11 +336,10 @@ def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int)
 def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, max_stretch: float,
                sample_rate: int):
     """Batch `step` of an arm: (B, S) excerpts; (2B,) log-uniform stretch rates, of the first views,
-    then of the second; (2B,) BPM of these views, nan where unknown. Each item draws from (arm,
-    step, item) alone, whichever process reads it."""
+    then of the second; (2B,) BPM of these views, nan where unknown."""
     waveform = torch.zeros(len(items), round(seconds * sample_rate))  # (B, S)
     bpm, rates = [], []
-    for row, item in zip(waveform, items):
+    for row, item in zip(waveform, items):  # the draws of each are its own, whoever reads it
         rng = np.random.default_rng(random_key(arm, step, item))
         clip = clips[rng.integers(len(clips))]
         start = rng.uniform(0, max(0, clip.seconds - seconds))
@@ -362,10 +359,9 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
 def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Tensor:
     """Waveform-similarity overlap-add: waveforms at tempi of their own, pitch kept, all at once.
 
-    Verhelst & Roelands 1993 with the constants of SoX's `tempo -m` (which shortens segments by a
-    above 1; here all clips share one length): segments of 82 ms overlap by a seventh; each is
-    taken, up to a sixth of a segment behind where the rate wants it, there where it continues the
-    last one best (least squares, searched at about 5.5 kHz).
+    Verhelst & Roelands 1993 with the constants that SoX's `tempo -m` has for slowing down: segments
+    of 82 ms overlap by a seventh; each is taken, up to a sixth of a segment behind where the rate
+    wants it, there where it continues the last one best (least squares, at about 5.5 kHz).
 
     Args:
         waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,) up to 1.48, V a multiple of B:
@@ -425,9 +421,9 @@ class ResidualBlock(nn.Module):
 class TCN(nn.Module):
     """The paper's network, 23 235 parameters at F = 81: (B, F, T) -> z (B,), of any sign and scale.
 
-    Same values as its layers in the published order, but faster: the maximum before the ELU (which
-    rises), the gain of the input's batch norm inside the first convolution (so that no gradient of
-    the input is needed), channels-last memory.
+    The published layers, but faster: the maximum before the ELU (which rises), the gain of the
+    input's batch norm inside the first convolution (so that no gradient of the input is needed),
+    channels-last memory.
     """
 
     def __init__(self, sample_rate: int, n_fft: int, seconds: float, bands: int, frame_rate: int):
@@ -449,8 +445,7 @@ class TCN(nn.Module):
             nn.init.orthogonal_(block.mix.weight, 0.7)
 
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
-        """(B, S), (2B,) rates -> (2B, F, T) views, stretched by WSOLA, which begin together in a
-        clip; with no rates (B, F, T)."""
+        """(B, S), (2B,) rates -> (2B, F, T) views stretched by WSOLA; with no rates (B, F, T)."""
         if rate is not None:
             samples = int(self.seconds * self.sample_rate)
             waveform = wsola(waveform, rate, self.sample_rate, samples)
@@ -489,7 +484,6 @@ class Periodicity(nn.Module):
     A small TCN makes eight activations. Their autocorrelation answers at the periods P, 2P, 3P ...,
     their spectrum at P, P/2, P/3 ...; the product leaves P. Two convolutions along log tempo, alike
     for all tempi, give logits h; z is the mean tempo of their softmax: positive, without a pole.
-    (The read-out takes the likeliest tempo: a mean of two octaves is neither.)
     """
 
     def __init__(self, sample_rate: int, n_fft: int, seconds: float):
@@ -504,9 +498,8 @@ class Periodicity(nn.Module):
         self.to_h = nn.Conv1d(16, 1, 73, padding=12)  # 145 + 24 - 72 = the 97 of H_BINS
 
     def views(self, waveform: Tensor, rate: Tensor | None = None) -> Tensor:
-        """(B, S), (2B,) rates -> (2B, F, T) views: a log-mel read at stretched positions, blurred
-        in time by a random amount, and only its T rises kept. On plain log-mel a network
-        reads the rate off decays and off the blur. With no rates: the rises of the whole clip."""
+        """(B, S), (2B,) rates -> (2B, F, T): rises of the log-mel at stretched positions, randomly
+        blurred (decays and a fixed blur give the rate away); with no rates of the whole clip."""
         x = self.log_mel(waveform)  # (B, F, frames)
         if rate is not None:
             x, rate = x.repeat(2, 1, 1), rate[:, None]
@@ -537,13 +530,12 @@ class Periodicity(nn.Module):
         return (self.embed(x).float().softmax(1) * self.axis[H_BINS]).sum(1)  # z (B,)
 
     def pseudo_tempo(self, h: Tensor) -> Tensor:
-        """h (B, 97) -> the likeliest tempo (B,)."""
+        """h (B, 97) -> the likeliest tempo (B,); not z, for a mean of two octaves is neither."""
         return self.axis[H_BINS][h.argmax(1)]
 
     def scores(self, h: Tensor, calibration: float) -> Tensor:
-        """h (B, 97) -> (B, K) on BPM_AXIS: at b BPM the probability of pseudo-tempo b /
-        calibration. At temperature 4: nothing in the loss keeps h from being too sure of an octave,
-        and the prior of pick_tempo shall have a say."""
+        """h (B, 97) -> (B, K): at b BPM the probability of pseudo-tempo b / calibration, at
+        temperature 4 (the loss lets h be too sure of an octave; the prior shall have a say)."""
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
         return read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
 
@@ -571,8 +563,7 @@ def tempo_ratio_loss(z_i: Tensor, z_j: Tensor, rate_i: Tensor, rate_j: Tensor) -
 
     L = mean over pairs of ( |z_i/z_j - a_i/a_j| + |z_j/z_i - a_j/a_i| ) / 2
 
-    The clip's unknown tempo cancels, and so does the scale of z: no negatives, and z = 0 is no
-    refuge. A constant z pays for z_i/z_j = 1. Raises ValueError unless all are (B,).
+    The scale of z cancels, too: z = 0 is no refuge. Raises ValueError unless all are (B,).
     """
     shapes = [tuple(x.shape) for x in (z_i, z_j, rate_i, rate_j)]
     if shapes != 4 * [(z_i.numel(),)]:
@@ -581,39 +572,33 @@ def tempo_ratio_loss(z_i: Tensor, z_j: Tensor, rate_i: Tensor, rate_j: Tensor) -
     return 0.5 * ((q - r).abs() + (1 / q - 1 / r).abs()).mean()
 
 
-def pretext_loss(z: Tensor, rate: Tensor, bpm: Tensor) -> Tensor:
-    """The ratio loss of (2B,) views, first views first; their tempo is not looked at."""
-    return tempo_ratio_loss(*z.chunk(2), *rate.chunk(2))
-
-
 def tempo_targets(bpm: Tensor) -> Tensor:
     """(B,) BPM -> (B, 300) probabilities: a bump of 2 % about each."""
     ratio = torch.arange(CLASSES, device=bpm.device) / bpm[:, None].clamp(1, CLASSES - 1)
     return torch.softmax(-0.5 * (torch.log(ratio) / 0.02) ** 2, 1)  # class 0: exp(-inf)
 
 
-def supervised_loss(logits: Tensor, rate: Tensor, bpm: Tensor) -> Tensor:
-    """Cross-entropy of (2B, 300) logits with the tempi (2B,) of the views."""
-    return F.cross_entropy(logits, tempo_targets(bpm))
-
-
 # -----------------------------------------------------------------------------
 # Training: one loop for all arms, on the same views; only the loss differs.
 
 
-def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_size: int, lr: float,
+def train(arm: str, model: nn.Module, clips: list, steps: int, batch_size: int, lr: float,
           max_stretch: float, workers: int, state: dict):
-    """Trains the model in place; its output, z or logits, goes to loss_of(output, rate, bpm)."""
-    encoder = getattr(model, "encoder", model)  # a classifier's, or the model itself
+    """Trains the model in place: an encoder without labels, a classifier with them."""
+    labelled = isinstance(model, TempoClassifier)
+    encoder = model.encoder if labelled else model
     history = deque(maxlen=20)  # of the last steps: outputs, rates, BPM
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
                    seconds=encoder.seconds * max_stretch + 0.2, sample_rate=encoder.sample_rate)
-    monitor = partial(describe, history) if encoder is model else None  # of z
+    monitor = None if labelled else partial(describe, history)  # of z
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
     for (waveform, rate, bpm), network, losses in training(
             arm, model, optimiser, steps, batch_size, load, workers, state, monitor):
-        output = network(encoder.views(waveform, rate))  # (2B,) or (2B, 300)
-        loss = loss_of(output, rate, bpm)
+        output = network(encoder.views(waveform, rate))  # z (2B,) or logits (2B, 300)
+        if labelled:
+            loss = F.cross_entropy(output, tempo_targets(bpm))
+        else:  # first views, second views
+            loss = tempo_ratio_loss(*output.chunk(2), *rate.chunk(2))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -623,9 +608,8 @@ def train(arm: str, model: nn.Module, loss_of, clips: list, steps: int, batch_si
 
 
 def describe(history: deque) -> str:
-    """The last steps' mean ratio loss; the slope of ln(z_i/z_j) over ln(a_i/a_j), 1 where z follows
-    the stretch; and, what the loss cannot show, r of ln(|z|/a) with the clips' ln BPM, 1 where z is
-    the tempo."""
+    """The last steps' mean ratio loss; slope of ln(z_i/z_j) over ln(a_i/a_j), 1 where z follows the
+    stretch; and, which the loss cannot show, r of ln(|z|/a) with ln BPM, 1 where z is the tempo."""
     z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * steps,)
     z_i, z_j, a_i, a_j = *z.chunk(2), *rate.chunk(2)  # of the first views, of the second
     loss, constant = tempo_ratio_loss(z_i, z_j, a_i, a_j), tempo_ratio_loss(z_i, z_i, a_i, a_j)
@@ -704,9 +688,8 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
 
 @torch.no_grad()
 def calibrate(model: nn.Module, h: Tensor) -> float:
-    """The constant c of BPM = c * pseudo-tempo, without labels: twelve tracks of kick, snare and
-    hat (of bare clicks, without metre, now and then 4/3 was heard) give it up to its octave, which
-    is chosen so that the median of the corpus, h (N, D), comes nearest PRIOR_BPM."""
+    """c of BPM = c * pseudo-tempo, without labels: from twelve drum loops (of bare clicks now and
+    then 4/3 was heard), in the octave that brings the corpus median, of h (N, D), to PRIOR_BPM."""
     device, sample_rate = next(model.parameters()).device, model.sample_rate
     rng, tempi = np.random.default_rng(0), np.geomspace(60, 170, 12)
     tracks = 1e-3 * rng.standard_normal((12, 14 * sample_rate))
@@ -776,9 +759,9 @@ def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
             fine_tune: bool, workers: int) -> tuple[dict, dict]:
-    """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. One SSL
-    encoder is trained for each fold of songs to leave out (-1: none); the first is probed,
-    fine-tuned, drawn, and kept if no seed's is yet. The random one is calibrated on all songs."""
+    """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. Of the
+    SSL encoders, one for each of `leave_out`, the first is probed, fine-tuned, drawn, and kept if
+    no seed's is yet. The random one is calibrated on all songs."""
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out, rows = ~np.isnan(bpm), np.full(len(clips), np.nan), {}
@@ -786,8 +769,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     def with_labels(kind, encoder):
         """Trains all weights on labels of folds 1 to 4, fits a new head: (n,) BPM of fold 0."""
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
-        train_arm(f"{arm} {kind}", classifier, supervised_loss,
-                  list(compress(clips, known & (folds != 0))))
+        train_arm(f"{arm} {kind}", classifier, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
 
     encoder = build(name, seed)
@@ -799,7 +781,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
     for fold in leave_out:
         encoder, subset = build(name, seed), f"without fold {fold}" if fold >= 0 else "all songs"
         pretext, trained_on = f"{arm} SSL {subset}", folds != fold  # (n,) of the clips
-        train_arm(pretext, encoder, pretext_loss, list(compress(clips, trained_on)))
+        train_arm(pretext, encoder, list(compress(clips, trained_on)))
         h, clip = embed(encoder, paths, workers)
         calibration = calibrate(encoder, h[torch.tensor(trained_on)[clip]])
         tempi, *_ = label_free_tempi(encoder, h, clip, calibration)
@@ -808,12 +790,12 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             kept.setdefault(name, {"arm": pretext, "calibration": calibration})
             shown = ~trained_on if fold >= 0 else trained_on  # the songs left out, or all
             figure = {"bpm": bpm[shown], "random": untrained[shown], "trained": tempi[shown]}
+            row = f"{name}, SSL encoder ({subset})"
             if known.any():
-                rows[f"{name}, SSL encoder ({subset}) + head"] = head_tempi(h, clip, bpm, folds)
-                if fine_tune:
-                    torch.manual_seed(random_key("head", name, seed))  # the same if SSL is resumed
-                    row = f"{name}, SSL encoder ({subset}), fine-tuned + head, fold 0"
-                    rows[row] = with_labels("fine-tuned", encoder)
+                rows[f"{row} + head"] = head_tempi(h, clip, bpm, folds)
+            if known.any() and fine_tune:
+                torch.manual_seed(random_key("head", name, seed))  # the same if SSL is resumed
+                rows[f"{row}, fine-tuned + head, fold 0"] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi
     what = f"label-free, songs left out ({sum(fold >= 0 for fold in leave_out)} of 5 folds)"
@@ -929,12 +911,11 @@ def main(args: argparse.Namespace):
         clips = [clip._replace(bpm=math.nan) for clip in clips]
     save_first(state)
     leave_out = [-1] if args.data else []  # folds of songs; -1: none
-    bpm, paths = np.array([clip.bpm for clip in clips]), [clip.path for clip in clips]
     if labelled:
         leave_out += range(args.left_out_folds)
+        bpm, paths = np.array([clip.bpm for clip in clips]), [clip.path for clip in clips]
         method = partial(autocorrelation_tempo, sample_rate=args.sample_rate, n_fft=args.n_fft)
         classical = np.array(list(in_background(method, paths, args.workers, "onset")))
-
     arms = len(leave_out) + labelled * (1 + args.fine_tune)  # of an encoder and seed
     state["planned"] = len(args.seed) * len(args.encoders) * arms
 
