@@ -176,11 +176,11 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         print(f"skip   {tables['dev.csv']}: without eval.csv this is not FSD50K's split")
 
     def read(name):
-        """The rows of a table, less those that are cut off."""
+        """The rows of a table, less those that are cut off or have an empty cell."""
         rows = list(csv.DictReader(tables[name].read_text("utf-8-sig").splitlines()))
-        whole = [row for row in rows if None not in row.values()]
+        whole = [row for row in rows if all(row.values())]
         if cut := len(rows) - len(whole):
-            print(f"skip   {tables[name]}: {cut} of {len(rows)} rows are cut off")
+            print(f"skip   {tables[name]}: {cut} of {len(rows)} rows are not whole")
         return whole
 
     stems = {path.stem: path for path in paths}
@@ -684,7 +684,8 @@ def draw(path: Path, features: dict, truth: Tensor, classes: list, kept: dict,
     clip = models.cpu()["front"](read_audio(file, SAMPLE_RATE)[None])  # (1, F, T)
     codes = models["tokenizer"].codes(clip)  # (1, L)
     decoded = models["tokenizer"].decode(codes[0], clip)  # (F, 2 L)
-    classes = [name.replace("$", r"\$") for name in classes]  # or matplotlib takes it for a formula
+    # to matplotlib $ begins a formula, and a label that begins with _ is not for the legend
+    classes = [" " + name.replace("$", r"\$") for name in classes]
     picture = Figure(figsize=(14, 8), layout="constrained")
     top, bottom = picture.subplots(2, 3)
     for axis, name in zip(top, ("random VGG", "contrastive", "generative")):
@@ -701,7 +702,8 @@ def draw(path: Path, features: dict, truth: Tensor, classes: list, kept: dict,
         axis.imshow(image.numpy(), aspect="auto", origin="lower", vmin=clip.min(), vmax=clip.max())
         axis.set(title=f"held-out clip, {name}", xlabel="frame", ylabel="mel band")
     bottom[1].set_visible("generative" in features)
-    track = bottom[1].inset_axes([0, -0.25, 1, 0.08])
+    track = bottom[0].inset_axes([0, -0.25, 1, 0.08])
+    track.set_visible("generative" in features)
     track.imshow(codes.numpy(), aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes as colours")
     found = F.linear(features[kept["row"]], **kept["probe"]).argmax(1)  # (N,), the answers

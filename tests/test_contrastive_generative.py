@@ -396,6 +396,7 @@ def folder(tmp_path_factory):
         "1-99-A-0.wav,1,0,noise,True,99,A",
     ]
     rows += ["2-55-A-9.wav,2,9,lonely,True,55,A", "3-66-A-0.wav,3"]  # the last is cut off
+    rows += ["1-0-A-0.wav,,0,noise,True,0,A"]  # of no fold
     soundfile.write(folder / "audio" / "1-88-A-1.wav", np.zeros(22050), 22050)
     (folder / "audio" / "1-99-A-0.wav").write_text("not audio")
     soundfile.write(folder / "audio" / "2-55-A-9.wav", sound("tone", 1, 5), 22050)
@@ -417,7 +418,7 @@ def test_a_run_names_what_it_skips_scores_every_row_and_writes_its_results(finis
         "1-88-A-1.wav: silent",
         "1-99-A-0.wav",
         "class lonely: one clip",
-        "1 of 41 rows are cut off",
+        "2 of 42 rows are not whole",
         "'1': 12, '2': 12, '4': 12",
         "37 of 40 files",
     ):
