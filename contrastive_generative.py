@@ -137,12 +137,10 @@ SOUNDS = "alarm bell clock drum engine rain siren whistle".split()
 
 
 def write_sound(number: int, folder: Path):
-    """Writes generated clip `number`, 2 s, into its class's folder, unless it is there: at a random
-    pitch and pace, through a random filter (another room, another microphone), in noise."""
+    """Writes generated clip `number`, 2 s, into its class's folder: at a random pitch and pace,
+    through a random filter (another room, another microphone), in noise."""
     kind, rng = SOUNDS[number % len(SOUNDS)], np.random.default_rng(number)
-    path, t = folder / kind / f"{number:04d}.wav", np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
-    if path.exists():
-        return
+    t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     noise, pitch, pace = rng.normal(size=len(t)), 250 * 10 ** rng.random(), rng.uniform(2, 6)
     tone = lambda hertz: np.sin(2 * np.pi * np.cumsum(hertz + 0 * t) / SAMPLE_RATE)
     since = lambda pace: (pace * t + rng.random()) % 1 / pace  # seconds since the last stroke
@@ -162,8 +160,7 @@ def write_sound(number: int, folder: Path):
     sound = np.fft.irfft(np.fft.rfft(sound) * np.exp(0.8 * colour), len(t))
     sound = sound / sound.std() + 10 ** rng.uniform(-1.1, 0) * rng.normal(size=len(t))
     sound *= 0.1 * 10 ** rng.uniform(-1.5, 0)
-    make_folder(path.parent)
-    write_whole(path, lambda p: soundfile.write(p, sound, SAMPLE_RATE, format="WAV"))
+    soundfile.write(folder / kind / f"{number:04d}.wav", sound, SAMPLE_RATE)
 
 
 def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[str, dict]:
@@ -809,7 +806,8 @@ def main(args: argparse.Namespace):
         die(f"--sequences {args.sequences} cannot be shared by {size} processes")
     out, folder = Path(args.out), Path(args.data or Path(args.out, "audio"))
     if not args.data and rank == 0:
-        make_folder(folder)
+        for kind in SOUNDS:
+            make_folder(folder / kind)
         write = partial(write_sound, folder=folder)
         list(in_background(write, range(GENERATED_CLIPS), args.workers))
         print(f"data   synthetic: {GENERATED_CLIPS} clips of 2 s in {folder} (--data: recordings)")

@@ -2,17 +2,17 @@
 Teboul and N. Zeghidour, "Self-supervised learning of audio representations from permutations with
 differentiable ranking", IEEE Signal Processing Letters 2021 (arXiv 2103.09879).
 
-Cut the log spectrogram of a note into n patches (10 frequency bands), shuffle them, and let a
-network score the slots so that sorting by score puts the patches in order. A context-free encoder
-sees one patch at a time, a joint head all of them. The loss compares soft ranks of the scores with
-the true ranks, or is the Fenchel-Young loss of perturbed ranks; baselines regress the ranks (mse)
-or name one of 100 fixed permutations (classification). The frozen encoder is then scored by a
-3-layer MLP that learns family, instrument and pitch from few labels.
+Cut the log spectrogram of a note into n patches (10 frequency bands), shuffle them, and score the
+slots so that sorting by score puts the patches in order: a context-free encoder sees one patch at a
+time, a joint head all. The loss compares soft ranks of the scores with the true ranks, or is the
+Fenchel-Young loss of perturbed ranks; baselines regress the ranks (mse) or name one of 100 fixed
+permutations (classification). A 3-layer MLP on the frozen encoder then learns family, instrument
+and pitch from few labels.
 
-Measured (demo: 848 generated training notes, 800 labelled, 3 seeds, one thread; family accuracy
-and pitch error in semitones squared on unseen instruments): soft_rank .424 ± .017, 11.1 ± 0.6;
-fenchel_young .407 ± .016, 11.9 ± 0.5; mse .410, 12.0; classification .402 ± .017, 12.7 ± 1.2;
-random encoder .329 ± .018, 21.9 ± 1.7; supervised .331, 9.2; statistics .286, 48.
+Measured (demo, 800 labels, 3 seeds, one thread; family accuracy and pitch error in semitones
+squared on unseen instruments): soft_rank .424 ± .017, 11.1 ± 0.6; fenchel_young .407 ± .016,
+11.9 ± 0.5; mse .410, 12.0; classification .402 ± .017, 12.7 ± 1.2; random encoder .329 ± .018,
+21.9 ± 1.7; supervised .331, 9.2; statistics .286, 48.
 
     python permutation_ranking.py                        demo: makes its own notes
     python permutation_ranking.py --data ./nsynth        NSynth; other audio: pre-training only
@@ -22,19 +22,18 @@ random encoder .329 ± .018, 21.9 ± 1.7; supervised .331, 9.2; statistics .286,
 Differences from the paper, which leaves sizes, schedule, epsilon, sigma and normalisation open
 - Patches are standardised: else loudness gives their order away, and the embedding has less pitch.
 - The embedding is what the convolutions make of all patches, in order (chosen by cross-validation
-  on recorded training notes); --setting paper has the paper's, the joint layer two further on,
-  which keeps little of the pitch.
+  on recorded training notes); --setting paper has the paper's, the joint layer, with less pitch.
 - Small encoder, frames averaged by four, views of 1 s, to end in minutes; --setting paper has the
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
 - fenchel_young takes its expectation over the noise in closed form (sampled). epsilon = sigma = 1.
-- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000 random ones, by the
-  least distance (Noroozi & Favaro 2016: the sum of distances) to those chosen before. It orders
-  these 100 only: do not compare its partial ranks with the other arms'.
-- The MLP keeps its best epoch on validation (not stated; for instruments, which validation lacks,
-  on its own notes); its inputs are clipped at 3 sd.
-- "supervised" learns family and pitch in one network and is read like the others (end to end, one
-  network each). Labelled notes are drawn at random, so that few labels do not show all instruments.
+- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000, by the least distance to
+  those chosen before (Noroozi & Favaro 2016: the sum). As it orders these alone, do not compare its
+  partial ranks with the other arms'.
+- The MLP clips its inputs at 3 sd and keeps its best epoch on validation (not stated; on its own
+  notes for instruments, which validation lacks).
+- "supervised" learns family and pitch in one network, read like the others (end to end, one each).
+- Labelled notes are drawn at random: a few do not show all instruments.
 - Beside the MLP: linear probes, chroma, a split of seen instruments, statistics of the spectrum.
 
 Copy this file and common.py; nothing else is needed.
@@ -177,16 +176,14 @@ def make_note(family: str, instrument: int, pitch: int, velocity: int, rng) -> n
 
 
 def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
-    """Writes a generated note as a wav file, unless it is there; its name and labels."""
+    """Writes a generated note as a wav file; its name and labels."""
     family, instrument, number = item
     rng = np.random.default_rng(random_key(instrument, number))
     lowest = random_key("compass", instrument) % 32 + 28  # of three octaves
     pitch, velocity = int(lowest + rng.integers(36)), int(rng.choice([25, 50, 75, 100, 127]))
     name = f"{family}_synthetic_{instrument:03d}-{pitch:03d}-{velocity:03d}-{number}"
-    path = folder / "audio" / f"{name}.wav"
-    if not path.exists():
-        note = make_note(family, instrument, pitch, velocity, rng)
-        write_whole(path, lambda p: soundfile.write(p, note, SAMPLE_RATE, format="WAV"))
+    note = make_note(family, instrument, pitch, velocity, rng)
+    soundfile.write(folder / "audio" / f"{name}.wav", note, SAMPLE_RATE)
     return name, {"pitch": pitch, "velocity": velocity, "instrument": instrument,
                   "instrument_family": FAMILIES.index(family)}
 
@@ -215,7 +212,7 @@ def read_labels(file: Path) -> dict[str, tuple]:
     labels = {}
     try:
         records = json.loads(file.read_text()).items()
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, OSError, RecursionError, ValueError) as error:
         print(f"skip   {file}: not NSynth's labels ({type(error).__name__}: {error})")
         return {}
     for name, r in records:
@@ -250,16 +247,14 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
             print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio or "
                   "a label out of range")
     split_of = {note.path: (note, split) for split in notes for note in notes[split]}  # the last
-    notes = {split: [note for note, s in split_of.values() if s == split] for split in notes}
-    if any(notes.values()) and not all(notes.values()):  # part of the set
+    if 0 < len({split for _, split in split_of.values()}) < len(notes):  # part of the set
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
-        everything, notes = sum(notes.values(), []), {split: [] for split in notes}
         tenths = 7 * ["train"] + ["valid"] + 2 * ["test"]
-        for note in everything:
-            notes[tenths[random_key(note.instrument) % 10]].append(note)
+        split_of = {path: (note, tenths[random_key(note.instrument) % 10])
+                    for path, (note, _) in split_of.items()}
+    notes = {split: [note for note, s in split_of.values() if s == split] for split in notes}
     for split, part in notes.items():
-        present = {note.family for note in part}
-        absent = [name for i, name in enumerate(FAMILIES) if i not in present]
+        absent = sorted(set(FAMILIES) - {FAMILIES[note.family] for note in part})
         if part:
             print(f"truth  {split}: {len(part)} notes of {len({n.instrument for n in part})} "
                   f"instruments; families without a note: {', '.join(absent) or 'none'}")
@@ -296,9 +291,8 @@ def load_views(notes: list[Note], seconds: float) -> Tensor:
 
 
 def load_batch(step: int, items: range, arm: str, notes: list, seconds: float, fixed: Tensor):
-    """(B, S) waveforms, from within the first second on; (B, n) permutations, out of those `fixed`
-    (L, n) or, if L is 0, any; (B,) choice: which of `fixed`, or -1; (B,) family; (B,) pitch. Each
-    item draws from (arm, step, item) alone, whoever reads."""
+    """(B, S) waveforms; (B, n) permutations, out of those `fixed` (L, n) or, if L is 0, any; (B,)
+    which of `fixed`, or -1; (B,) family; (B,) pitch. An item's draws depend on no other item."""
     examples = []
     for item in items:
         rng = np.random.default_rng(random_key(arm, step, item))
@@ -342,8 +336,7 @@ def distant_permutations(most: int, n: int) -> Tensor:
 
 
 def small_encoder(height: int) -> nn.Module:
-    """(B n, H, W) -> (B n, 64). Bins are channels of convolutions over time, and keep their place.
-    """
+    """(B n, H, W) -> (B n, 64): convolutions over time; bins are channels and keep their place."""
     return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
@@ -482,9 +475,8 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, ste
 
 
 def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dict:
-    """How random draws of notes that it was not trained on are ordered: the fraction of patches at
-    their place, Kendall's tau, and the fraction of notes whose loss has no gradient (they may be in
-    order)."""
+    """Of draws of notes that it was not trained on: the fraction of patches put in their place,
+    Kendall's tau, and the fraction of notes whose loss has no gradient (they may be in order)."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=model.seconds,
                    fixed=model.fixed.cpu())
@@ -507,22 +499,20 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
 def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     """{name: (N, D)}, every Note read once: embeddings by the models {name: network}; as
     "statistics" mean and deviation of the log spectrum over time; as "chance" a constant."""
-    features, first = {}, 0
+    features = {}
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
     load = partial(load_views, seconds=some.heard)
-    for waveform in in_background(load, batches, workers, "embed"):
-        waveform = waveform.to(some.fixed.device)
-        frames = some.front_end(waveform)  # (B, F, T)
+    for i, waveform in enumerate(in_background(load, batches, workers, "embed")):
+        frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         for name, model in models.items():
             new[name] = model.eval().embed(model.patches(frames), model.layer)
         for name, part in new.items():
-            if not first:  # whole at once: small parts between large tensors would tie up memory
+            if i == 0:  # whole at once: small parts between large tensors would tie up memory
                 features[name] = torch.empty(len(notes), part.shape[1])
-            features[name][first : first + len(part)] = part
-        first += len(waveform)
+            features[name][32 * i : 32 * i + 32] = part
     return features
 
 
@@ -697,6 +687,7 @@ def transfer(data: Path, out: Path, label_counts: list, device: torch.device, wo
     trained = argparse.Namespace(**state["args"])
     if len(state["rows"]) < len(trained.seed):
         die(f"{out}/checkpoint.pt: not all arms are trained; go on with --resume")
+    make_folder(out)  # or one line that says why it cannot be written
     notes = load_notes(data, workers)
     if not notes["train"]:
         die(f"--data {data}: no labelled notes to score with")
@@ -761,9 +752,8 @@ def main(args: argparse.Namespace):
     means = report(rows, out / "results.json", state["args"], state["began"])
     if state["kept"]:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
-        write_whole(out / "permutation.png", partial(
-            draw, rows=means, model=load_kept(state, device), title=state["kept"]["arm"],
-            notes=shown))
+        write_whole(out / "permutation.png", lambda path: draw(
+            path, means, load_kept(state, device), state["kept"]["arm"], shown))
     end_run(out, "permutation.png" if state["kept"] else "no picture", state["began"])
 
 

@@ -256,7 +256,14 @@ def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
     assert counted(0 * cycle, cycle, 256)["perplexity"] == 1
 
 
-# Layouts
+# Data
+
+
+def test_the_demo_writes_its_clips_anew_for_their_generator_may_have_been_changed(tmp_path):
+    (tmp_path / "alarm").mkdir()
+    (tmp_path / "alarm/0000.wav").write_bytes(b"of before")
+    script.write_sound(0, tmp_path)
+    assert soundfile.info(tmp_path / "alarm/0000.wav").duration == 2.0
 
 
 def names_of(folder, monkeypatch, subset=None):

@@ -473,6 +473,14 @@ def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path
     assert "no scores" in result.stdout and "partial_ranks" in result.stdout
 
 
+def test_the_demo_writes_its_notes_anew_for_their_generator_may_have_been_changed(tmp_path):
+    (tmp_path / "audio").mkdir()
+    name, _ = P.write_note(("bass", 0, 0), tmp_path)
+    (tmp_path / f"audio/{name}.wav").write_bytes(b"of before")
+    P.write_note(("bass", 0, 0), tmp_path)
+    assert soundfile.info(tmp_path / f"audio/{name}.wav").duration == 2.0
+
+
 def test_a_record_without_a_label_is_counted_and_the_others_stay(tmp_path, capsys):
     whole = {"instrument_family": 3, "instrument": 7, "pitch": 60}
     broken = {"b": {**whole, "pitch": None}, "c": {"pitch": 60}, "d": "text"}
@@ -480,6 +488,8 @@ def test_a_record_without_a_label_is_counted_and_the_others_stay(tmp_path, capsy
     (tmp_path / "examples.json").write_text(json.dumps(records))
     assert P.read_labels(tmp_path / "examples.json") == {"a": (3, 7, 60), "e": (3, 7, 60)}
     assert "3 of 5 notes" in capsys.readouterr().out
+    (tmp_path / "examples.json").write_text("[" * 10**5)
+    assert P.read_labels(tmp_path / "examples.json") == {}
 
 
 def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatch):
