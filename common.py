@@ -48,27 +48,28 @@ class AudioError(ValueError):
 
 
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
-    """All audio (or other) files below a folder, sorted, each once however many links lead to it,
-    without the litter of unpacking."""
-    found, real = [], os.path.realpath
-    for where, folders, names in os.walk(folder, followlinks=True):
-        here = Path(real(where))
-        # not into the litter, nor through a link up, which would lead round in circles
-        folders[:] = [name for name in folders if name not in ("__MACOSX", "images_original")
-                      and not here.is_relative_to(real(Path(where, name)))]
-        found += [Path(where, name) for name in names if not name.startswith("._")]
-    found = [path for path in found if path.suffix.lower() in suffixes]
-    found.sort(key=lambda path: (len(path.parts), path), reverse=True)  # the shortest way stays
-    return sorted({real(path): path for path in found}.values())
+    """All audio (or other) files below a folder, sorted, without the litter of unpacking; each
+    once, by the shortest way, however many links lead to it."""
+    folders, seen, found = [Path(folder)], set(), {}
+    for here in folders:  # which grow as they are found: those further down come later
+        real = os.path.realpath(here)
+        if real not in seen:
+            seen.add(real)
+            _, below, names = next(os.walk(here), ("", [], []))  # nothing where it may not look
+            folders += [here / name for name in sorted(below)
+                        if name not in ("__MACOSX", "images_original")]
+            for path in [here / name for name in sorted(names) if not name.startswith("._")]:
+                if path.suffix.lower() in suffixes:
+                    found.setdefault(os.path.realpath(path), path)
+    return sorted(found.values())
 
 
 @lru_cache
 def resampler(source_rate: int, sample_rate: int) -> nn.Module:
     """torchaudio's Resample. Its kernel grows with the terms of the ratio, and 44101 -> 16000 takes
     a minute: a ratio of terms above 1000 is rounded to one below, by less than 0.06 %."""
-    ratio = Fraction(source_rate, sample_rate)
-    if max(ratio.as_integer_ratio()) > 1000:
-        ratio = ratio.limit_denominator(1000 * sample_rate // max(source_rate, sample_rate))
+    most = 1000 * sample_rate // max(source_rate, sample_rate)  # so that no term is above 1000
+    ratio = Fraction(source_rate, sample_rate).limit_denominator(most)
     return Resample(ratio.numerator, ratio.denominator)
 
 
@@ -191,23 +192,19 @@ class LogMel(nn.Module):
                  f_max=None, floor=1e-7):
         super().__init__()
         self.spectrogram = Spectrogram(n_fft, win_length, hop_length, power=None)
-        self.floor, self.mel = floor, None
-        if n_mels is not None:
-            self.mel = MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1)
-
-    def magnitude(self, waveform: Tensor) -> Tensor:
-        """(B, S) -> (B, T, bins)"""
-        spectrum = self.spectrogram(waveform).transpose(1, 2)
-        return torch.hypot(spectrum.real, spectrum.imag)  # faster than a complex abs()
+        self.floor = floor
+        self.mel = MelScale(n_mels, sample_rate, f_min, f_max, n_fft // 2 + 1) if n_mels else None
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
-        if self.mel is None:
-            x = self.magnitude(waveform)
-        else:  # on a CPU a few at a time: to fill fresh memory with all spectra takes twice as long
-            size = max(1, 2**20 // waveform.shape[1]) if waveform.is_cpu else len(waveform)
-            x = torch.cat([self.magnitude(part) @ self.mel.fb for part in waveform.split(size)])
-        return x.add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
+        # on a CPU a few at a time: to fill fresh memory with all spectra takes twice as long
+        size = max(1, 2**20 // waveform.shape[1]) if waveform.is_cpu else len(waveform)
+        parts = []
+        for part in waveform.split(size):
+            spectrum = self.spectrogram(part).transpose(1, 2)  # (size, T, bins)
+            magnitude = torch.hypot(spectrum.real, spectrum.imag)  # faster than a complex abs()
+            parts.append(magnitude if self.mel is None else magnitude @ self.mel.fb)
+        return torch.cat(parts).add_(self.floor).log_().transpose(1, 2)  # (B, F, T)
 
 
 # -----------------------------------------------------------------------------
@@ -246,97 +243,89 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     x = (x if direction == "ascending" else -x).contiguous()
     if x.numel() == 0:
         return x.clone()
-    on_cpu_or_cuda = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
-    return SoftRank.apply(on_cpu_or_cuda, float(regularization_strength)).to(x.device)
-
-
-def library(x: Tensor):
-    """The library to compute x with, x as its array, and its way back to a tensor."""
-    return (np, x.numpy(), torch.from_numpy) if x.is_cpu else (torch, x, torch.asarray)
+    x = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
+    return SoftRank.apply(x, float(regularization_strength)).to(values.device)
 
 
 class SoftRank(torch.autograd.Function):
-    """Ranks of x (..., n), and the blocks that move as one for the backward pass."""
+    """Ranks of x (..., n)."""
 
     @staticmethod
     def forward(ctx, x, strength):
-        xp, x, tensor = library(x)
-        n = x.shape[-1]
-        rows = x.reshape(-1, n)  # (R, n)
-        order = rows.argsort(1)
-        order += xp.arange(0, len(rows) * n, n, device=x.device)[:, None]  # into flattened rows
-        w = xp.arange(1, n + 1, dtype=xp.float64, device=x.device)
-        y = rows.take(order)  # (R, n), sorted
-        largest = abs(y[:, [0, -1]]).max()  # of the ends of the rows
-        if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
-            y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
-            # gaps above n * strength part blocks, however wide
-            y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
-            y[:, 0] = 0
-        y = y - strength * w  # strength (z - w), in float64: float32 values add up exactly
-        cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
-        short = (n <= 32 and cost <= 2**20) if xp is np else cost <= 2**25
-        fit, block = minmax(y) if short else pool(y, xp)  # strength v
-        y -= fit
-        y /= strength
-        y += w  # z - w - v + w: z - v, without the cancellation
-        ranks = xp.empty_like(rows)
-        ranks.ravel()[order] = xp.asarray(y, dtype=rows.dtype)
-        ctx.blocks = xp, strength, order.ravel(), block
-        return tensor(ranks.reshape(x.shape))
+        xp, array = (np, x.numpy()) if x.is_cpu else (torch, x)
+        ranks, block = project(array.reshape(-1, x.shape[-1]), strength, xp)
+        ctx.constants = strength, block
+        return torch.asarray(ranks.reshape(x.shape))
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradient, in the order of x, by Centre."""
-        xp, strength, order, sorted_block = ctx.blocks
-        block = xp.empty_like(sorted_block)
-        block[order] = sorted_block
-        return Centre.apply(grad, xp, strength, block, xp.bincount(block)), None
+        return Centre.apply(grad, *ctx.constants), None
 
 
 class Centre(torch.autograd.Function):
-    """(grad - its mean over each block) / strength: soft_rank's Jacobian, which is symmetric."""
+    """(grad - its mean over each block) / strength: the Jacobian of the ranks, which is constant
+    and symmetric, so that the backward pass is the same once more."""
 
     @staticmethod
-    def forward(ctx, grad, *blocks):
-        xp, strength, block, size = ctx.blocks = blocks
-        _, g, tensor = library(grad)
-        mean = xp.asarray(xp.bincount(block, g.ravel()) / size, dtype=g.dtype)
-        centred = g.ravel() - mean[block]
+    def forward(ctx, grad, strength, block):
+        xp, g = (np, grad.numpy().ravel()) if grad.is_cpu else (torch, grad.ravel())
+        mean = xp.asarray(xp.bincount(block, g) / xp.bincount(block), dtype=g.dtype)
+        centred = g - mean[block]
         centred /= strength
-        return tensor(centred.reshape(g.shape))
+        ctx.constants = strength, block
+        return torch.asarray(centred.reshape(grad.shape))
 
     @staticmethod
     def backward(ctx, grad):
-        """The Jacobian is constant and symmetric: the same once more."""
-        return Centre.apply(grad, *ctx.blocks), None, None, None, None
+        return Centre.apply(grad, *ctx.constants), None, None
 
 
-def minmax(y):
-    """The fit of short rows, v[i] = max over j <= i of min over d of mean(y[j..j+d]), in O(n^2).
+def project(rows, strength, xp):
+    """The ranks of rows, (R, n) -> (R, n), and (R n,) the number of the block of each element."""
+    n = rows.shape[1]
+    order = rows.argsort(1)
+    order += xp.arange(0, len(rows) * n, n, device=rows.device)[:, None]  # into flattened rows
+    w = xp.arange(1, n + 1, dtype=xp.float64, device=rows.device)
+    y = rows.take(order)  # (R, n), sorted
+    largest = abs(y[:, [0, -1]]).max()  # of the ends of the rows
+    if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
+        y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
+        # gaps above n * strength part blocks, however wide
+        y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
+        y[:, 0] = 0
+    y = y - strength * w  # strength (z - w), in float64: float32 values add up exactly
+    cost = n * n * len(rows)  # of minmax: fewer calls, but not for long rows
+    short = (n <= 32 and cost <= 2**20) if xp is np else cost <= 2**25
+    fit = minmax(y, xp) if short else pool(y, xp)  # strength v
+    level = fit.ravel()
+    new = xp.ones_like(level, dtype=bool)  # whether an element is the first of its block
+    new[1:] = level[1:] > level[:-1]
+    new[::n] = True  # of its row, too
+    new[0] = False  # numbers from 0
+    sorted_block = new.cumsum(0)
+    y -= fit
+    y /= strength
+    y += w  # z - w - v + w: z - v, without the cancellation
+    ranks, block = xp.empty_like(rows), xp.empty_like(order)
+    ranks.ravel()[order] = xp.asarray(y, dtype=rows.dtype)
+    block.ravel()[order.ravel()] = sorted_block
+    return ranks, block.ravel()
 
-    (At the first element of a block that minimum is v; further in it can be less, hence the max.)
-    Args:
-        y: (R, n). Returns: v (R, n); (R n,) the number of the block of each element, from 0.
-    """
-    if isinstance(y, Tensor):
-        n = y.shape[1]
+
+def minmax(y, xp):
+    """The fit of short rows, v[i] = max over j <= i of min over d of mean(y[j..j+d]), in O(n^2): at
+    the first element of a block that minimum is v; further in it can be less, hence the max."""
+    n = y.shape[1]
+    if xp is torch:
         ahead = F.pad(y, (0, n - 1), value=math.inf).unfold(1, n, 1)  # (R, n, n)
         low = (ahead.cumsum(2) / torch.arange(1, n + 1, device=y.device)).amin(2)
-        fit = low.cummax(1).values
-        new = F.pad(fit[:, 1:] > fit[:, :-1], (1, 0), value=True).ravel()  # the first of its block
-    else:
-        total = column = y.T.copy()  # (n, R): one call for all rows
-        low = column.copy()
-        for d in range(1, len(low)):
-            total = total[:-1] + column[d:]
-            np.minimum(low[:-d], total / (d + 1), out=low[:-d])
-        fit = torch.from_numpy(low.T.copy()).cummax(1).values.numpy()  # NumPy's is slow here
-        level, new = fit.ravel(), np.ones(fit.size, bool)
-        np.greater(level[1:], level[:-1], out=new[1:])
-        new[:: len(low)] = True
-    new[0] = False
-    return fit, new.cumsum(0)
+        return low.cummax(1).values
+    total = column = y.T.copy()  # (n, R): one call for all rows
+    low = column.copy()
+    for d in range(1, n):
+        total = total[:-1] + column[d:]
+        np.minimum(low[:-d], total / (d + 1), out=low[:-d])
+    return torch.from_numpy(low.T.copy()).cummax(1).values.numpy()  # NumPy's is slow here
 
 
 def pool(y, xp):
@@ -344,36 +333,27 @@ def pool(y, xp):
     rows, n = y.shape
     total = xp.full((rows, n + 1), math.nan, dtype=y.dtype, device=y.device)
     total[:, 1:] = y  # nan parts the rows: it violates nothing
-    total = level = total.ravel()
-    size, groups = xp.ones_like(total), []
-    while True:
+    total = level = total.ravel()  # of blocks, at first of one element each
+    size = xp.ones_like(total)
+    for _ in range(16):
         new = xp.zeros_like(level, dtype=bool)
         new[1:] = ~(level[:-1] >= level[1:])
         group = new.cumsum(0)  # which of the next blocks each block falls into
         if group[-1] + 1 == len(group):  # each into one of its own: done
             break
-        if len(groups) == 16:  # long chains are left, which lose a block a round
-            group = xp.asarray(stack(total, size), device=y.device)
         total, size = xp.bincount(group, total), xp.bincount(group, size)
         level = total / size
-        groups.append(group)
-    for earlier in reversed(groups):  # from each block back to the elements in it
-        group = group[earlier]
-    group = group.reshape(rows, n + 1)[:, 1:]  # (R, n), without the nans ...
-    block = group - xp.arange(1, rows + 1, device=y.device)[:, None]  # ... in the count either
-    return level[group], block.ravel()
-
-
-def stack(total, size) -> list[int]:
-    """The textbook algorithm, one block after the other: the group that each falls into."""
-    done = []
-    for a, b in zip(total.tolist(), size.tolist()):
-        blocks = 1
-        while done and done[-1][0] / done[-1][1] >= a / b:
-            c, d, k = done.pop()
-            a, b, blocks = a + c, b + d, blocks + k
-        done.append((a, b, blocks))
-    return [group for group, (_, _, blocks) in enumerate(done) for _ in range(blocks)]
+    else:  # long chains are left, which lose a block a round: the textbook's stack
+        done = []  # (sum, size) of a block
+        for a, b in zip(total.tolist(), size.tolist()):
+            while done and done[-1][0] / done[-1][1] >= a / b:
+                c, d = done.pop()
+                a, b = a + c, b + d
+            done.append((a, b))
+        total, size = xp.asarray(done, dtype=y.dtype, device=y.device).T
+        level = total / size
+    repeat = np.repeat if xp is np else torch.repeat_interleave
+    return repeat(level, xp.asarray(size, dtype=int)).reshape(rows, n + 1)[:, 1:]  # less the nans
 
 
 # -----------------------------------------------------------------------------
@@ -436,7 +416,7 @@ def start_run(device: str = "") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", errors="replace")  # any name, as in run()
     return torch.device(device)
 
 
@@ -492,21 +472,16 @@ def save_first(state: dict):
     checkpoint and results in its folder are put aside, as `old` if it was finished, else, unless it
     holds no finished arm, as `unfinished`."""
     results, checkpoint = (Path(state["args"]["out"], f) for f in ("results.json", "checkpoint.pt"))
-    if not state.get("begun") and rank_and_size()[0] == 0:
-        worth = results.exists()
-        kind = "old" if worth else "unfinished"
-        if not worth:
-            try:
-                last = torch.load(checkpoint, map_location="cpu", weights_only=True)
-                worth = last["arms"] or last.get("rows")
-            except Exception:  # whatever it is, if there is one, it is not ours to lose
-                worth = True
+    if "seconds" not in state and rank_and_size()[0] == 0:  # not resumed
+        kind = "old" if results.exists() else "unfinished"
+        try:
+            worth = kind == "old" or torch.load(checkpoint, "cpu", weights_only=True)["arms"]
+        except Exception:  # whatever it is, if there is one, it is not ours to lose
+            worth = True
         for file in (results, checkpoint):
             if worth and file.exists():
-                aside = file.with_stem(f"{file.stem}.{kind}")
-                os.replace(file, aside)
+                aside = file.replace(file.with_stem(f"{file.stem}.{kind}"))
                 print(f"kept   the last run's {file.name} as {aside}")
-    state["begun"] = True
     save(state)
 
 
@@ -541,7 +516,7 @@ def open_run(arguments: dict, made_by: str) -> dict:
             die(f"--resume: {out}/checkpoint.pt is of --data {state['args']['data']}; "
                 "another --out starts anew")
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
-        state["began"] = time.time() - state.get("seconds", 0.0)  # as if it had never paused
+        state["began"] = time.time() - state["seconds"]  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
     batch_size, (_, size) = state["args"]["batch_size"], rank_and_size()
     if batch_size % size:
