@@ -224,8 +224,8 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
 
     Args:
         values: (..., n), any real dtype, on any device.
-        regularization_strength: above 0, in the unit of the values; towards 0 ranks become hard,
-            towards infinity all become (n + 1) / 2.
+        regularization_strength: 1e-30 to 1e30, in the unit of the values; the smaller, the harder
+            the ranks; the larger, the nearer are all to (n + 1) / 2.
         direction: "ascending" gives the smallest value rank 1, "descending" the largest.
     Returns:
         (..., n) in the dtype of the values, float32 for half, bfloat16 and integers; a row adds up
@@ -235,8 +235,9 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     """
     if not isinstance(values, Tensor) or values.ndim == 0 or values.is_complex():
         raise ValueError("soft_rank: values must be a real tensor of at least one dimension")
-    if not isinstance(regularization_strength, Real) or not 0 < regularization_strength < math.inf:
-        raise ValueError(f"soft_rank: {regularization_strength=} must be a number above 0")
+    if (not isinstance(regularization_strength, Real)
+            or not 1e-30 <= regularization_strength <= 1e30):  # beyond, not all would be finite
+        raise ValueError(f"soft_rank: {regularization_strength=} must be from 1e-30 to 1e30")
     if direction not in ("ascending", "descending"):
         raise ValueError(f"soft_rank: {direction=} must be 'ascending' or 'descending'")
     x = values if values.dtype in (torch.float32, torch.float64) else values.float()
@@ -287,7 +288,7 @@ def project(rows, strength, xp):
     order += xp.arange(0, len(rows) * n, n, device=rows.device)[:, None]  # into flattened rows
     w = xp.arange(1, n + 1, dtype=xp.float64, device=rows.device)
     y = rows.take(order)  # (R, n), sorted
-    largest = abs(y[:, [0, -1]]).max()  # of the ends of the rows
+    largest = float(abs(y[:, [0, -1]]).max())  # of the ends of the rows
     if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
         y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
         # gaps above n * strength part blocks, however wide
@@ -409,6 +410,8 @@ def start_run(device: str = "") -> torch.device:
                         "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if device == "cuda" and "LOCAL_RANK" in os.environ:
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                die("torchrun: more processes than GPUs; --device cpu takes any number")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:

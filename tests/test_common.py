@@ -458,10 +458,21 @@ def test_the_cuda_branch_gives_the_same_ranks_and_gradients(monkeypatch):
     ((torch.ones(2), -1.0), "regularization_strength"),
     ((torch.ones(2), float("nan")), "regularization_strength"),
     ((torch.ones(2), "1"), "regularization_strength"),
+    ((torch.ones(2), 1e-31), "regularization_strength"),
+    ((torch.ones(2), 1e31), "regularization_strength"),
     ((torch.ones(2), 1.0, "up"), "direction")])
 def test_soft_rank_names_the_bad_argument(arguments, name):
     with pytest.raises(ValueError, match=name):
         common.soft_rank(*arguments)
+
+
+@pytest.mark.parametrize("strength", [1e-30, 1e30])
+def test_ranks_and_gradients_are_finite_at_the_least_and_the_largest_strength(strength):
+    for row in ([3.0, 1.0, 2.0, 1.0], [1e30, -1e30, 0.0, 1e30]):
+        x = torch.tensor([row], requires_grad=True)
+        ranks = common.soft_rank(x, strength)
+        ranks.square().sum().backward()
+        assert ranks.sum() == 10 and x.grad.isfinite().all()
 
 
 def test_soft_rank_takes_any_real_number_as_strength():
