@@ -260,12 +260,13 @@ class SoftRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The Jacobian's product with the gradient."""
         return Centre.apply(grad, *ctx.constants), None
 
 
 class Centre(torch.autograd.Function):
-    """(grad - its mean over each block) / strength: the Jacobian of the ranks, which is constant
-    and symmetric, so that the backward pass is the same once more."""
+    """(grad - its mean over each block) / strength: the product with the Jacobian of the ranks,
+    which is constant and symmetric, so that the backward pass is the same once more."""
 
     @staticmethod
     def forward(ctx, grad, strength, block):
@@ -278,6 +279,7 @@ class Centre(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The same product, of the gradient's gradient."""
         return Centre.apply(grad, *ctx.constants), None, None
 
 

@@ -516,17 +516,21 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     view = partial(make_views, front=front, families=families)
 
     def contrastive_loss(network, waveform, _):
+        """NT-Xent of two views of each clip."""
         z1, z2 = network(view(waveform.repeat(2, 1))).chunk(2)  # (B, 128) each, of the same clips
         return nt_xent(z1, z2, temperature)
 
     def supervised_loss(network, waveform, truth):
+        """Cross-entropy of a view's logits with its clip's classes."""
         return F.cross_entropy(network(view(waveform)), truth)
 
     def reconstruction_loss(network, waveform, _):
+        """Mean squared error of the autoencoder."""
         slices = tokenizer.slices(front(waveform))  # (B T/2, 2 F)
         return F.mse_loss(network(slices), slices)
 
     def generative_loss(network, waveform, _):
+        """Cross-entropy of each code with what the Transformer expects after those before it."""
         return next_code_loss(network, tokenizer.codes(front(waveform)))
 
     if "contrastive" in objectives:
