@@ -50,7 +50,8 @@ class AudioError(ValueError):
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     """All audio (or other) files below a folder, sorted, without the litter of unpacking; each
     once, by the shortest way, however many links lead to it."""
-    folders, seen, found = [Path(folder)], set(), {}
+    folders, found = [Path(folder)], {}
+    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}  # no link leads up
     for here in folders:  # which grow as they are found: those further down come later
         real = os.path.realpath(here)
         if real not in seen:
@@ -412,7 +413,7 @@ def start_run(device: str = "") -> torch.device:
                         "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if device == "cuda" and "LOCAL_RANK" in os.environ:
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
                 die("torchrun: more processes than GPUs; --device cpu takes any number")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()

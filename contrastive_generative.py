@@ -173,9 +173,10 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         print(f"skip   {tables['dev.csv']}: without eval.csv this is not FSD50K's split")
 
     def read(name):
-        """The rows of a table, less those that are cut off or have an empty cell."""
+        """The rows of a table, less those in which a cell that is used is empty."""
         rows = list(csv.DictReader(tables[name].read_text("utf-8-sig").splitlines()))
-        whole = [row for row in rows if all(row.values())]
+        used = {"filename", "fold", "category", "esc10", "fname", "labels", "split"}
+        whole = [row for row in rows if all(row[column] for column in used & row.keys())]
         if cut := len(rows) - len(whole):
             print(f"skip   {tables[name]}: {cut} of {len(rows)} rows are not whole")
         return whole
@@ -558,11 +559,10 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
 
 
 @torch.no_grad()
-def embed(variants: list, paths: list, workers: int) -> tuple[list[dict], list[Tensor]]:
+def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
+          workers: int) -> tuple[list[dict], list[Tensor]]:
     """For each variant of the models {name: (N, D)}: statistics of a whole clip, and of the states
-    that networks have in windows that overlap by half; and the codes of each clip. Clips are read
-    once, and by the front end and tokenizer of the first."""
-    front, tokenizer = variants[0]["front"], variants[0]["tokenizer"]
+    that networks have in windows that overlap by half; and the codes of each clip."""
     found, codes_of, size = [[] for _ in variants], [], len(tokenizer.centroids)
     nn.ModuleList(variants).eval()
     frames = front.frames  # of a window; it has half as many codes
@@ -620,6 +620,7 @@ def count_codes(model: CodeModel, clips: list, test: Tensor) -> dict:
     p = (count + 0.5) / (count + 0.5).sum()
     i, j = before(new), new[new >= 0]
     smooth = [(pairs[i, j] + a * p[j]) / (pairs.sum(1)[i] + a) for a in (1, 3, 10, 30, 100)]
+    model.eval()
     loss = lambda part: next_code_loss(model, part.to(model.head.weight.device)).item()
     known = {"codes_used": count.count_nonzero().item(),
              "perplexity": torch.special.entr(count / pairs.sum()).sum().exp().item(),
@@ -638,10 +639,12 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
     paths = [clip[0] for clip in clips]
     fit, valid, test = (torch.from_numpy(parts == part) for part in ("train", "valid", "test"))
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
-    (ours, random, supervised), codes = embed(variants, paths, workers)
+    embedded, codes = embed(models["front"], models["tokenizer"], variants if classes else [],
+                            paths, workers)
     known = count_codes(models["code_model"], codes, test) if "generative" in objectives else {}
     if not classes:
         return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
+    ours, random, supervised = embedded
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": random["contrastive"], "contrastive": ours["contrastive"]}
@@ -755,9 +758,9 @@ def predict(files: list, count: int, out: Path, device, workers: int):
             sample(models, path, count, out / "samples" / f"{number}_{path.stem}")
     if not kept["row"]:
         return
-    features = embed([models], usable, 0)[0][0][kept["row"]]
+    (features,), _ = embed(models["front"], models["tokenizer"], [models], usable, 0)
     print(f"model  {kept['row']}, {kept['key']}")
-    chances = F.linear(features, **kept["probe"]).softmax(1)
+    chances = F.linear(features[kept["row"]], **kept["probe"]).softmax(1)
     for path, chance in zip(usable, chances):
         best = chance.argsort(descending=True)[:3]
         print(f"{path}: " + ", ".join(f"{classes[c]} {chance[c]:.2f}" for c in best))

@@ -22,7 +22,8 @@ squared on unseen instruments): soft_rank .424 ± .017, 11.1 ± 0.6; fenchel_you
 Differences from the paper, which leaves sizes, schedule, epsilon, sigma and normalisation open
 - Patches are standardised: else loudness gives their order away, and the embedding has less pitch.
 - The embedding is what the convolutions make of all patches, in order (chosen by cross-validation
-  on recorded training notes); --setting paper has the paper's, the joint layer, with less pitch.
+  on recorded notes, none of the test); --setting paper has the paper's, the joint layer, which has
+  less pitch.
 - Small encoder, frames averaged by four, views of 1 s, to end in minutes; --setting paper has the
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).

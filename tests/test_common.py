@@ -80,6 +80,16 @@ def test_a_file_that_several_links_lead_to_is_found_once(tmp_path):
         (tmp_path / "a" / link).symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert common.find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+    (tmp_path / "z.wav").symlink_to(tmp_path / "a" / "x.wav")
+    assert common.find_audio(tmp_path) == [tmp_path / "z.wav"]  # by the shortest way
+
+
+def test_no_link_leads_out_to_what_lies_beside_the_folder(tmp_path):
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.wav").touch()
+    (tmp_path / "mine" / "up").symlink_to(tmp_path)
+    assert common.find_audio(tmp_path / "mine") == [tmp_path / "mine" / "x.wav"]
 
 
 def test_folders_that_all_link_to_each_other_are_looked_through_once(tmp_path):
@@ -139,6 +149,15 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
     assert "is of --data songs" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus_end_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        common.start_run("cuda")
+    assert "more processes than GPUs" in capsys.readouterr().err
+
+
 def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
     checkpoint, old = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.old.pt"
@@ -147,7 +166,7 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
     assert not old.exists()
     torch.save(first | {"arms": {"done": 1}}, checkpoint)
     common.save_first(common.open_run(arguments | {"resume": True}, "test"))
-    assert not old.exists()  # the same run, going on
+    assert [*tmp_path.iterdir()] == [checkpoint]  # the same run, going on
     (tmp_path / "results.json").write_text("its results")
     for _ in range(3):  # what has learnt nothing does not take its place
         common.save_first(common.open_run(arguments, "test"))

@@ -160,6 +160,23 @@ def test_a_view_without_families_is_a_crop_and_each_family_alters_it():
     assert silence.isfinite().all()
 
 
+def test_image_views_hide_a_few_bands_and_frames_and_blur_by_one_cell():
+    def front(waveform):
+        """A spectrogram of ones, whatever the sound; `silent` but for one cell."""
+        x = torch.ones(len(waveform), 64, 51)
+        if silent:
+            x.zero_()[:, 32, 25] = 1
+        return x
+
+    front.frames, silent = 51, False
+    hidden = script.make_views(torch.zeros(200, 9), front, ["image"]) == 0  # (B, 64, 51)
+    for across, most in ((hidden.all(2).sum(1), 10), (hidden.all(1).sum(1), 10)):
+        assert (across > 0).sum() > 40 and across.max() <= most
+    silent = True
+    lit = script.make_views(torch.zeros(200, 9), front, ["image"]) > 0
+    assert lit[:, 31:34, 24:27].sum() == lit.sum() and 10 < lit[:, 31, 25].sum() < 70
+
+
 def test_blur_does_not_lead_from_the_highest_band_into_the_lowest():
     front = script.FrontEnd(320)
     front.mean.fill_(math.log(front.floor))  # silence, and what is masked, is 0
@@ -238,10 +255,18 @@ def test_map_of_equal_scores_is_about_the_share_of_a_class_in_any_order_of_clips
     assert script.score(torch.zeros(2000, 2), targets)["mAP"] == pytest.approx(0.5, abs=0.03)
 
 
-def counted(seen, new, codes):
+def counted(seen, new, codes, model=None):
     """count_codes() of ten sequences each, (10, L)."""
-    model = script.CodeModel(codes, seen.shape[1], 1, 8, 1)
+    model = model or script.CodeModel(codes, seen.shape[1], 1, 8, 1)
     return script.count_codes(model, [*seen, *new], torch.arange(20) >= 10)
+
+
+def test_next_code_is_the_models_loss_of_the_held_out_clips_without_dropout():
+    model, (seen, new) = script.CodeModel(4, 50, 1, 8, 1), torch.randint(4, (2, 10, 50))
+    found = counted(seen, new, 4, model)["next_code"]
+    loss = script.next_code_loss(model.eval(), new).item()
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert abs(loss - script.next_code_loss(model, seen).item()) > 1e-4 * loss  # it can tell
 
 
 def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
@@ -249,9 +274,7 @@ def test_counting_knows_a_cycle_by_its_bigrams_but_not_by_its_unigrams():
     found = counted(cycle, cycle, 4)
     assert found["unigram"] == pytest.approx(math.log(4), rel=1e-3) and found["bigram"] < 0.05
     noise = torch.randint(4, (10, 1000), generator=torch.Generator().manual_seed(0))
-    nothing = counted(noise, noise, 4)  # to know: next_code is of a model that is not trained
-    assert nothing["bigram"] == pytest.approx(math.log(4), rel=0.01)
-    assert nothing["next_code"] == pytest.approx(math.log(4), rel=0.1)
+    assert counted(noise, noise, 4)["bigram"] == pytest.approx(math.log(4), rel=0.01)  # no more
     assert found["codes_used"] == 4 and found["perplexity"] == pytest.approx(4, rel=1e-3)
     assert counted(0 * cycle, cycle, 256)["perplexity"] == 1
 
@@ -365,7 +388,7 @@ def test_embedding_many_clips_keeps_no_more_than_a_batch_of_them_in_memory(monke
 
     monkeypatch.setattr(script, "read_audio", load)
     models = script.make_models(3, **vars(script.parse_args([])))
-    x = script.embed([models, models], ["file"] * 60, 0)[0][1]
+    x = script.embed(models["front"], models["tokenizer"], [models] * 2, ["file"] * 60, 0)[0][1]
     assert x["both"].shape == (60, 512 + 2 * 128)  # mean and sd
     assert len(alive) == 60 and max(alive) <= 3
 
@@ -404,6 +427,7 @@ def folder(tmp_path_factory):
     ]
     rows += ["2-55-A-9.wav,2,9,lonely,True,55,A", "3-66-A-0.wav,3"]  # the last is cut off
     rows += ["1-0-A-0.wav,,0,noise,True,0,A"]  # of no fold
+    rows[1] = rows[1].removesuffix("A")  # what is not read may lack
     soundfile.write(folder / "audio" / "1-88-A-1.wav", np.zeros(22050), 22050)
     (folder / "audio" / "1-99-A-0.wav").write_text("not audio")
     soundfile.write(folder / "audio" / "2-55-A-9.wav", sound("tone", 1, 5), 22050)
@@ -591,14 +615,31 @@ def test_a_folder_without_classes_pre_trains_and_says_that_it_cannot_score(tmp_p
 
 def test_of_clips_no_longer_than_a_view_no_state_is_read_whose_place_is_not_trained(tmp_path):
     for k in range(16):
-        place = tmp_path / ("$^$", "beat")[k % 2]  # the first is no formula either
-        place.mkdir(exist_ok=True)
-        soundfile.write(place / f"{k}.wav", sound("beat", 1.0, k), 22050)
+        (tmp_path / f"class{k % 2}").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"class{k % 2}/{k}.wav", sound("beat", 1.0, k), 22050)
     result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL, "--folds", 1)
     assert result.returncode == 0, result.stderr
     args = json.loads((tmp_path / "out/results.json").read_text())["args"]
     read = script.WINDOW // args["hop_length"] // 2  # codes of a window; state k has seen k codes
     assert args["context"] - 1 >= read  # forward() drops the last state: its place learns nothing
+
+
+def test_all_classes_are_in_the_legend_and_by_their_names(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def texts(picture, *_, **__):
+        """What the legend says, once drawn."""
+        picture.draw_without_rendering()
+        found.extend(text.get_text() for text in picture.axes[1].get_legend().get_texts())
+
+    found = []
+    monkeypatch.setattr(Figure, "savefig", texts)
+    soundfile.write(tmp_path / "x.wav", sound("noise", 2, 0), 22050)
+    models = script.make_models(2, **vars(script.parse_args([]))).eval()
+    kept = {"row": "contrastive", "key": "", "probe": torch.nn.Linear(5, 2).state_dict()}
+    script.draw(tmp_path / "x.png", {"contrastive": torch.randn(8, 5)}, torch.arange(8) % 2,
+                ["_hid", "$^$"], kept, models, tmp_path / "x.wav")
+    assert [text.strip() for text in found] == ["_hid", r"\$^\$"]
 
 
 def test_importing_the_script_trains_nothing(tmp_path):
