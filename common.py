@@ -163,8 +163,8 @@ def enough_shared_memory() -> bool:
 
 def in_background(function, items, workers: int, doing=""):
     """Yields function(item) for every item, in order, computed ahead by `workers` processes (0:
-    none). `doing`, if given, is printed every 20 s with the number of items done."""
-    shown = time.time()
+    none). `doing`, if given, is printed every 20 s with the items done and the time left."""
+    began = shown = time.time()
     workers = workers if workers and enough_shared_memory() else 0
     # processes that import all anew, Python 3.14's default on Linux, would take seconds to start
     fork = "fork" if workers and sys.platform == "linux" else None
@@ -174,7 +174,8 @@ def in_background(function, items, workers: int, doing=""):
         yield result
         if doing and time.time() - shown > 20:
             shown = time.time()
-            print(f"{doing:6} {done}/{len(items)}", flush=True)
+            left = (shown - began) / done * (len(items) - done)
+            print(f"{doing:6} {done}/{len(items)} | {left:.0f} s left", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def open_run(arguments: dict, made_by: str) -> dict:
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
         if plain["data"] not in (None, state["args"]["data"]):
-            die(f"--resume: {out}/checkpoint.pt is of --data {state['args']['data']}; "
+            die(f"--resume: {out}/checkpoint.pt is of {state['args']['data'] or 'the demo'}; "
                 "another --out starts anew")
         state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
         state["began"] = time.time() - state["seconds"]  # as if it had never paused

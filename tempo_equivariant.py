@@ -954,8 +954,8 @@ def main(args: argparse.Namespace):
         responses[f"{name}, random"] = stretch_response(model, clips)
         model.load_state_dict(state["arms"][state["kept"][name]["arm"]])
         responses[f"{name}, trained"] = stretch_response(model, clips)
-    write_whole(out / "tempo.png", partial(  # of the last encoder
-        draw, name=args.encoders[-1], figure=figures[args.seed[0]], responses=responses))
+    write_whole(out / "tempo.png", lambda path: draw(  # of the last encoder
+        path, args.encoders[-1], figures[args.seed[0]], responses))
     end_run(out, "tempo.png", state["began"])
 
 

@@ -146,7 +146,7 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
         common.open_run(arguments | {"resume": True, "data": data}, "test")
     with pytest.raises(SystemExit):
         common.open_run(arguments | {"resume": True, "data": "other"}, "test")
-    assert "is of --data songs" in capsys.readouterr().err
+    assert "is of songs;" in capsys.readouterr().err
 
 
 def test_more_processes_than_gpus_end_in_a_line(monkeypatch, capsys):
@@ -205,7 +205,7 @@ def test_long_work_in_the_background_says_how_far_it_is(monkeypatch, capsys):
     clock = iter(range(0, 1000, 8))  # seconds
     monkeypatch.setattr(common.time, "time", lambda: next(clock))
     assert list(common.in_background(str, range(7), 0, "count")) == list("0123456")
-    assert capsys.readouterr().out == "count  3/7\ncount  6/7\n"
+    assert capsys.readouterr().out == "count  3/7 | 43 s left\ncount  6/7 | 11 s left\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others share memory otherwise")
