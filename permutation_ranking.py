@@ -28,9 +28,9 @@ Differences from the paper, which leaves sizes, schedule, epsilon, sigma and nor
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
 - fenchel_young takes its expectation over the noise in closed form (sampled). epsilon = sigma = 1.
-- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000, by the least distance to
-  those chosen before (Noroozi & Favaro 2016: the sum). As it orders these alone, do not compare its
-  partial ranks with the other arms'.
+- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000, each as far as can be
+  from the nearest chosen before (Noroozi & Favaro 2016: from all, in sum). As it orders these
+  alone, do not compare its partial ranks with the other arms'.
 - The MLP clips its inputs at 3 sd and keeps its best epoch on validation (not stated; on its own
   notes for instruments, which validation lacks).
 - "supervised" learns family and pitch in one network, read like the others (end to end, one each).

@@ -689,7 +689,8 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
 @torch.no_grad()
 def calibrate(model: nn.Module, h: Tensor) -> float:
     """c of BPM = c * pseudo-tempo, without labels: from twelve drum loops (of bare clicks now and
-    then 4/3 was heard), in the octave that brings the corpus median, of h (N, D), to PRIOR_BPM."""
+    then 4/3 was heard), in the octave that brings the median of all windows, h (N, D), nearest to
+    PRIOR_BPM."""
     device, sample_rate = next(model.parameters()).device, model.sample_rate
     rng, tempi = np.random.default_rng(0), np.geomspace(60, 170, 12)
     tracks = 1e-3 * rng.standard_normal((12, 14 * sample_rate))
