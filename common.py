@@ -168,6 +168,8 @@ def in_background(function, items, workers: int, doing=""):
     workers = workers if workers and enough_shared_memory() else 0
     # processes that import all anew, Python 3.14's default on Linux, would take seconds to start
     fork = "fork" if workers and sys.platform == "linux" else None
+    if fork and dist.is_initialized():  # Python 3.11 hangs in a process forked while another thread
+        time.sleep(0.1)  # enters Python, as those of a collective do that has just ended
     loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=fork,
                         collate_fn=function)  # without a batch size it gets one item at a time
     for done, result in enumerate(loader, 1):
