@@ -383,12 +383,26 @@ def test_the_heads_leave_the_encoder_as_it_was_trained(finished):
     model = P.load_kept(state, "cpu")
     x = model.embed(torch.randn(8, 10, 51, 25), model.layer)
     x, y = x.detach(), torch.zeros(8).long()
-    head, _ = P.fit_head(x, y, x, y, 8, 2, torch.nn.functional.cross_entropy)
+    head = P.fit_head(x, y, 8, 2, torch.nn.functional.cross_entropy)
     assert all(
         torch.equal(v, state["arms"][state["kept"]["arm"]][k])
         for k, v in model.state_dict().items()
     )
     assert not any(p.requires_grad for p in head.parameters())
+
+
+def test_the_family_head_is_hardly_surer_than_it_is_right():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 300)
+    family = (x[:, :11] + torch.randn(2000, 11)).argmax(1)  # hard to tell from so few
+    y = torch.stack([family, family, family + 60], 1)
+    parts = {"train": slice(400), "valid": slice(400, 600), "unseen": slice(600, 2000)}
+    x, y = ({name: part[use] for name, use in parts.items()} for part in (x, y))
+    x["seen"], y["seen"] = x["valid"], y["valid"]
+    metrics, heads, _ = P.score(x, y, 400, 256, 11)
+    sure = heads[0](x["unseen"]).softmax(1).amax(1).mean().item()
+    right = metrics["unseen"]["family_accuracy"]
+    assert 0.13 < right < sure < right + 0.25  # right + 0.38 without smoothed labels
 
 
 def test_predict_answers_for_files_of_any_format_and_skips_the_others(finished, folder):
