@@ -580,9 +580,18 @@ def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     )
     assert result.returncode == 0 and result.stderr == "", result.stderr[-2000:]
     assert (
-        result.stdout.count("soft_rank 1x4, 20 labels, unseen") == 1
+        result.stdout.count("\n  soft_rank 1x4, 20 labels, unseen") == 1
         and (tmp_path / "results.json").exists()
     )
+
+
+def test_the_papers_layer_has_a_row_of_its_own_where_the_embedding_is_another(monkeypatch):
+    monkeypatch.setattr(P, "load_views", lambda notes, seconds: torch.randn(len(notes), 32000))
+    for network, more in (("small", ["joint layer of m"]), ("alexnet", [])):
+        model = P.ContextFreeNetwork(network, 10, 1)
+        features = P.embed({"m": model}, [None] * 2, 0)
+        assert [*features] == ["chance", "statistics", "m", *more]
+        assert all(features[row].shape == (2, model.joint.out_features) for row in more)
 
 
 def test_embedding_more_notes_takes_hardly_more_memory():
