@@ -679,7 +679,8 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
     estimates, known = np.full(len(bpm), np.nan), ~np.isnan(bpm)
     for fold in test:
         fit = torch.tensor((folds != fold) & known)[clip]  # (N,)
-        head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]))
+        # with more weight decay it could not read even an h that is the tempo itself
+        head = linear_probe(h[fit], tempo_targets(torch.tensor(bpm).float()[clip[fit]]), 1e-4)
         mean = torch.segment_reduce(head(h).softmax(1), "mean", lengths=clip.bincount())  # (n, 300)
         likeliest = mean[:, 1:].argmax(1).numpy() + 1
         estimates[folds == fold] = likeliest[folds == fold]

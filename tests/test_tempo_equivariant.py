@@ -551,6 +551,15 @@ def test_the_fine_tuned_row_goes_on_from_the_ssl_weights_with_labels_of_other_fo
     assert (scored == (folds == 0)).all()
 
 
+def test_the_head_hears_a_tempo_that_is_all_that_h_says():
+    rng = np.random.default_rng(0)
+    bpm, folds = np.exp(rng.normal(math.log(115), 0.28, 400)), np.arange(400) % 5
+    turned = torch.tensor(rng.normal(size=(2, 16))).float()
+    h = F.elu(torch.tensor(bpm[:, None] / 30 - 4).float() * turned[0] + turned[1])
+    found = tempo.head_tempi(h, torch.arange(400), bpm, folds)
+    assert tempo.accuracies(found, bpm)["accuracy1"] > 0.75  # 0.52 at ten times the weight decay
+
+
 def test_predict_prints_a_line_for_each_file_of_any_format_and_skips_the_others(finished, folder):
     names = ["stereo.wav", "eight.wav", "song.mp3", "zero.wav"]
     result = run("--out", finished[1], "--predict", *[folder / name for name in names])
