@@ -10,8 +10,8 @@ Measured, Accuracy 1 / 2, 3 seeds          demo: 400 generated clips      102 re
   periodicity, no labels, songs left out   .888 / .987                    .823 / .936
   the same, untrained                      .242 / .275                    .211 / .243
   autocorrelation, the same songs          .775 / .938                    .620 / .796
-  a head on its h, on an untrained one's   .835 / .943, .824 / .953       .686 / .876, .598 / .866
-  the same of the paper's TCN              .140 / .163, .168 / .196       .124 / .199, .118 / .144
+  a head on its h, on an untrained one's   .878 / .978, .815 / .943       .676 / .899, .549 / .801
+  the same of the paper's TCN              .141 / .169, .215 / .243       .141 / .209, .144 / .186
 (the demo on two cores: 310 s for its three seeds). The TCN's z of bare clicks is the tempo times a
 constant; of music it follows the stretch, as onset density does, and not the tempo.
 
