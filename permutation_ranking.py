@@ -509,11 +509,10 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
         frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
-        for layer in ("convolutions", "joint"):  # ours, then the paper's
-            for name, model in models.items():
-                if layer == "joint" or model.layer == layer:
-                    row = name if layer == model.layer else f"joint layer of {name}"
-                    new[row] = model.eval().embed(model.patches(frames), layer)
+        read = lambda model, layer: model.eval().embed(model.patches(frames), layer)
+        new |= {name: read(model, model.layer) for name, model in models.items()}
+        new |= {f"joint layer of {name}": read(model, "joint")  # the paper's
+                for name, model in models.items() if model.layer != "joint"}
         for name, part in new.items():
             if i == 0:  # whole at once: small parts between large tensors would tie up memory
                 features[name] = torch.empty(len(notes), part.shape[1])
