@@ -110,17 +110,22 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
             frames = -1 if seconds is None else math.ceil(seconds * source_rate)
             options = {"dtype": "float32", "always_2d": True}
             if file.format == "MP3":  # exact to the sample only if read from the start in one go
-                parts = [file.read(-1 if frames < 0 else first + frames, **options)[first:]]
+                whole = file.read(-1 if frames < 0 else first + frames, **options)[first:]
+                parts = np.array_split(whole, 64)
+                del whole
             else:  # in parts: the channels of an hour are not held at once
                 file.seek(min(first, file.frames))
                 parts = file.blocks(2**20, frames=frames, **options)
             mono = [sum(part.T) / file.channels for part in parts]  # mean(1) takes far longer
+            del parts  # what is held twice at once decides how long a file can be
             samples = np.concatenate([np.zeros(0, "float32"), *mono])
+            del mono
     except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's too
         found = "a folder" if Path(path).is_dir() else "no such file"
         raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
     waveform = torch.from_numpy(samples)
-    if len(waveform) == 0 or not waveform.abs().max() < 1e6:  # their squares could overflow
+    # beyond 1e6 squares could overflow; the norm is the largest magnitude
+    if len(waveform) == 0 or not torch.linalg.vector_norm(waveform, torch.inf) < 1e6:
         raise AudioError(f"{path}: {'NaN or samples above 1e6' if len(waveform) else 'empty'}")
     return resample(waveform, source_rate, sample_rate)
 

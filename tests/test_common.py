@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,15 @@ def test_a_file_of_minutes_is_read_as_libsndfile_decodes_it_in_one_go(tmp_path, 
     whole, _ = soundfile.read(tmp_path / f"a.{suffix}", dtype="float32")
     difference = np.abs(common.read_audio(tmp_path / f"a.{suffix}", rate).numpy() - whole)
     assert difference.max() < 1e-6  # of float32; read in parts an mp3 is off by 0.05
+
+
+def test_a_long_stereo_mp3_is_held_three_times_as_large_as_one_channel_at_most(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", np.zeros((3_000_000, 2)), 44100)
+    tracemalloc.start()
+    size = common.read_audio(tmp_path / "a.mp3", 44100).nbytes
+    peak = tracemalloc.get_traced_memory()[1]  # NumPy's; both channels come whole
+    tracemalloc.stop()
+    assert size >= 4 * 3_000_000 and peak < 3.2 * size
 
 
 def test_a_co_prime_rate_is_resampled_within_seconds_and_keeps_its_length(tmp_path):
