@@ -236,6 +236,25 @@ def test_codes_of_a_batch_are_those_of_each_clip_alone():
         assert torch.equal(tokenizer.codes(clip[None])[0], row)
 
 
+def test_a_probe_is_sure_of_features_that_are_the_class_and_unsure_of_noise():
+    torch.manual_seed(0)
+    truth = torch.arange(200) % 4
+    targets, part = F.one_hot(truth, 4).float(), torch.arange(200) // 4 % 5  # all classes in each
+    one_hot, noise = targets + 0.05 * torch.randn(200, 4), torch.randn(200, 20)
+    for x, low, high in ((one_hot, 0, 0.02), (noise, 1.3, 1.5)):  # chance: ln 4 = 1.39 nats
+        layer, loss = script.fit_probe(x, targets, part < 2, part == 2)
+        unseen = F.cross_entropy(layer(x[part > 2]), targets[part > 2]).item()
+        assert low < loss < high and low < unseen < high
+    # as every weight decay alone has it on the same clips
+    alone = [
+        script.linear_probe(x[part < 2], targets[part < 2], decay)(x[part == 2])
+        for decay in (1, 0.1, 0.01, 1e-3, 1e-4)
+    ]
+    assert loss == min(F.cross_entropy(logits, targets[part == 2]).item() for logits in alone)
+    seen = script.linear_probe(x[part < 3], targets[part < 3], 1)  # and then to both
+    torch.testing.assert_close(layer.weight, seen.weight)
+
+
 def test_map_equals_its_definition():
     torch.manual_seed(0)
     logits, targets = torch.randn(30, 4), (torch.rand(30, 4) < 0.4).float()
@@ -391,6 +410,27 @@ def test_embedding_many_clips_keeps_no_more_than_a_batch_of_them_in_memory(monke
     x = script.embed(models["front"], models["tokenizer"], [models] * 2, ["file"] * 60, 0)[0][1]
     assert x["both"].shape == (60, 512 + 2 * 128)  # mean and sd
     assert len(alive) == 60 and max(alive) <= 3
+
+
+def test_features_of_a_long_clip_are_those_of_all_its_windows_at_once(monkeypatch):
+    torch.manual_seed(0)
+    waveform = torch.randn(140 * script.SAMPLE_RATE)
+    monkeypatch.setattr(script, "read_audio", lambda path, sample_rate: waveform)
+    models = script.make_models(3, **vars(script.parse_args([])))
+    front, tokenizer = models["front"], models["tokenizer"]
+    slices = tokenizer.slices(front(waveform[None, : 11 * script.SAMPLE_RATE]))[:256]
+    tokenizer.centroids.copy_(tokenizer.encoder(slices).detach())
+    (x,), (codes,) = script.embed(front, tokenizer, [models], ["file"], 0)
+    with torch.no_grad():
+        windows = codes.unfold(0, 25, 12)  # half a second each, codes of 40 ms
+        lower, last = [layer[:, 1:] for layer in models["code_model"].states(windows)]
+    assert len(windows) > 256  # which are worked out together
+    for name, of_all in (
+        ("generative", last.mean((0, 1))),
+        ("generative, last position", last[:, -1].mean(0)),
+        ("generative, layer 1", lower.mean((0, 1))),
+    ):
+        torch.testing.assert_close(x[name][0], of_all)
 
 
 # The command
