@@ -436,7 +436,7 @@ def start_run(device: str = "") -> torch.device:
 
 def run(main, args):
     """main(args), with one line for what would end it in a traceback though the program is right:
-    Ctrl-C, and a file that could be read when the run began and cannot be read any more."""
+    Ctrl-C, a file that could be read when the run began and cannot be read any more, a full disk."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has it not
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
@@ -448,6 +448,10 @@ def run(main, args):
         reason = str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2]
         print(f"error: {reason}", file=sys.stderr)  # of any rank: each reads files of its own
         raise SystemExit(2)
+    except (OSError, RuntimeError):  # of the latter kind soundfile's and torch's, which say no more
+        if shutil.disk_usage(args.out).free > 2**20:
+            raise
+        die(f"the disk of {args.out} is full; what a checkpoint there holds is whole (--resume)")
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -292,6 +292,22 @@ def test_unusable_files_raise_one_line_that_names_them(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_a_full_disk_ends_a_run_in_one_line_and_any_other_error_is_shown(
+        tmp_path, capsys, monkeypatch, free):
+    def main(args):
+        raise RuntimeError("file write failed")  # as torch.save says it
+
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    expected = SystemExit if free == 0 else RuntimeError
+    with pytest.raises(expected) as ended:
+        common.run(main, SimpleNamespace(out=tmp_path))
+    lines = capsys.readouterr().err.splitlines()
+    if free == 0:
+        assert ended.value.code == 2 and len(lines) == 1
+        assert lines[0].startswith(f"error: the disk of {tmp_path} is full")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_is_gone_in_the_middle_of_a_run_ends_it_in_one_line(tmp_path, capsys, workers):
     soundfile.write(tmp_path / "here.wav", np.ones(100), 8000)
