@@ -27,8 +27,8 @@ generative 60.1 %, contrastive 55.6 %, data not named); the sizes in `paper` are
 - demo: half of a clip's mean spectrum is taken away, or the codes tell rooms apart, not sounds.
 - The probe is L-BFGS; the loss on valid chooses the weight decay, of five, and then the row that
   --predict uses (of the first split). On FSD50K the classes of a clip share one softmax.
-- "both": the generative features at half their size (chosen on folds 2 to 5 of ESC-10), or they
-  outweigh the contrastive ones. Beside it the same with an untrained Transformer.
+- "both": the generative features at their size, half or a quarter of it, as the loss on valid has
+  it, or they outweigh the contrastive ones. Beside it the same with an untrained Transformer.
 - One schedule for all arms (AdamW, one cycle); the supervised arm sees the same views.
 - `data` and `demo` hold a smaller encoder and Transformer and frames of 20 ms, for CPUs.
 
@@ -37,6 +37,7 @@ Copy this file and common.py; nothing else is needed.
 
 import argparse
 import csv
+import itertools
 import math
 from collections import Counter
 from copy import deepcopy
@@ -81,7 +82,6 @@ LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5)
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW, EXCERPT_SECONDS = 16000, 2.5  # samples of a view (1 s); what it is cropped from
 GENERATED_CLIPS = 1120  # of the demo
-SECOND_SCALE = 0.5  # of the generative features in "both"
 VERSION = "contrastive_generative 5"  # of the checkpoint's contents
 
 
@@ -590,14 +590,21 @@ def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
     return [torch.utils.data.default_collate(rows) for rows in found], codes_of  # stacks by name
 
 
-def fit_probe(x: Tensor, targets: Tensor, fit: Tensor, valid: Tensor, scale: Tensor | float = 1.0):
+def fit_probe(x: Tensor, targets: Tensor, fit: Tensor, valid: Tensor, sizes=(1.0,)):
     """Linear(D, C) from features (N, D) to targets (N, C), and its loss on the clips of `valid`:
-    fitted to those of `fit` by some weight decays, then by the best of these to both. Masks: (N,).
+    fitted to those of `fit` by some weight decays, with what lies beyond the encoder's features at
+    some sizes, then as was best to both. fit and valid: masks (N,).
     """
-    probe = lambda use, decay: linear_probe(x[use], targets[use], decay, scale=scale)
-    loss_of = lambda decay: F.cross_entropy(probe(fit, decay)(x[valid]), targets[valid]).item()
-    loss, decay = min((loss_of(decay), decay) for decay in (1, 0.1, 0.01, 1e-3, 1e-4))
-    return probe(fit | valid, decay), loss
+    def probe(use, decay, size):
+        """Fitted to the clips of one mask."""
+        scale = torch.ones(x.shape[1])
+        scale[EMBEDDING:] = size
+        return linear_probe(x[use], targets[use], decay, scale=scale)
+
+    loss_of = lambda *choice: F.cross_entropy(probe(fit, *choice)(x[valid]), targets[valid]).item()
+    choices = itertools.product((1, 0.1, 0.01, 1e-3, 1e-4), sizes)
+    loss, best = min((loss_of(*choice), choice) for choice in choices)
+    return probe(fit | valid, *best), loss
 
 
 def score(logits: Tensor, targets: Tensor) -> dict:
@@ -669,10 +676,8 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
     for name, x in in_background(tuple, list(features.items()), 0, "probe"):  # a line every 20 s
-        scale = torch.ones(x.shape[1])
-        if name in ("contrastive + random Transformer", "both"):
-            scale[EMBEDDING:] = SECOND_SCALE  # (D,)
-        layer, loss = fit_probe(x, targets, fit, valid, scale)
+        two = name in ("contrastive + random Transformer", "both")
+        layer, loss = fit_probe(x, targets, fit, valid, (1, 0.5, 0.25) if two else (1,))
         more = known if name == "generative" else {}
         rows.append({"row": name, **score(layer(x[test]), targets[test]), **more})
         # the best of these is kept for --predict

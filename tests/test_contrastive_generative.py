@@ -255,6 +255,15 @@ def test_a_probe_is_sure_of_features_that_are_the_class_and_unsure_of_noise():
     torch.testing.assert_close(layer.weight, seen.weight)
 
 
+def test_a_probe_of_two_halves_makes_the_second_smaller_where_that_is_noise():
+    torch.manual_seed(0)
+    targets, part = F.one_hot(torch.arange(200) % 4, 4).float(), torch.arange(200) // 4 % 5
+    x = F.pad(targets + 0.5 * torch.randn(200, 4), (0, script.EMBEDDING - 4))
+    x = torch.cat([x, torch.randn(200, 50)], 1)
+    loss_of = lambda *sizes: script.fit_probe(x, targets, part < 2, part == 2, sizes)[1]
+    assert loss_of(1, 0.25) == loss_of(0.25) < loss_of(1)
+
+
 def test_map_equals_its_definition():
     torch.manual_seed(0)
     logits, targets = torch.randn(30, 4), (torch.rand(30, 4) < 0.4).float()
