@@ -436,7 +436,7 @@ def start_run(device: str = "") -> torch.device:
 
 def run(main, args):
     """main(args), with one line for what would end it in a traceback though the program is right:
-    Ctrl-C, a file that could be read when the run began and cannot be read any more, a full disk."""
+    Ctrl-C, a full disk, a file that could be read when the run began and cannot be any more."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has it not
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
