@@ -548,7 +548,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
         count = math.ceil(min(slices / code_model.context, 4 * len(clips)) / 64)
         load_64 = partial(load, arm=f"{key} dictionary", items=range(64))
-        batches = in_background(load_64, range(count), workers)
+        batches = in_background(load_64, range(count), workers, beside=front.mean.device)
         fit_dictionary(key, front, tokenizer, batches, restarts)
         train_arm(f"{key} next code", code_model, generative_loss, load)
 
@@ -567,7 +567,7 @@ def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
     nn.ModuleList(variants).eval()
     frames = front.frames  # of a window; it has half as many codes
     read = partial(read_audio, sample_rate=SAMPLE_RATE)
-    for waveform in in_background(read, paths, workers, "embed"):
+    for waveform in in_background(read, paths, workers, "embed", front.mean.device):
         waveform = waveform.repeat(math.ceil(WINDOW / len(waveform)))  # no shorter than a view
         log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
         windows = log_mel[0].unfold(1, frames, frames // 2).transpose(0, 1)  # (n, F, frames)

@@ -483,8 +483,9 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
                    fixed=model.fixed.cpu())
     parts, n = [], model.fixed.shape[1]
     batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
-    for batch in in_background(load, batches, workers):
-        waveform, permutation, *labels = (part.to(model.fixed.device) for part in batch)
+    device = model.fixed.device
+    for batch in in_background(load, batches, workers, beside=device):
+        waveform, permutation, *labels = (part.to(device) for part in batch)
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
         output = model.eval()(shuffle(patches, permutation)).detach().requires_grad_()
         loss = loss_of(output, permutation + 1.0, *labels)
@@ -505,8 +506,9 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
     load = partial(load_views, seconds=some.heard)
-    for i, waveform in enumerate(in_background(load, batches, workers, "embed")):
-        frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
+    device = some.fixed.device
+    for i, waveform in enumerate(in_background(load, batches, workers, "embed", device)):
+        frames = some.front_end(waveform.to(device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         read = lambda model, layer: model.eval().embed(model.patches(frames), layer)

@@ -653,7 +653,7 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     load = partial(load_windows, sample_rate=model.sample_rate)
     device, h, clip, batch = next(model.parameters()).device, [], [], []
     answer = lambda: model.embed(model.views(torch.stack(batch).to(device))).cpu()
-    for number, windows in enumerate(in_background(load, paths, workers, "embed")):
+    for number, windows in enumerate(in_background(load, paths, workers, "embed", device)):
         for window in windows:  # up to 32 of one length at a time
             if batch and (len(batch) == 32 or len(batch[0]) != len(window)):
                 h.append(answer())

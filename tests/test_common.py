@@ -221,6 +221,43 @@ def test_a_process_reads_by_itself_where_shared_memory_is_little_as_in_a_contain
     assert capsys.readouterr().out.count("without --workers") == 1
 
 
+@pytest.mark.parametrize("cores, device, busy", [(2, "cpu", True), (4, "cpu", False),
+                                                 (2, "cuda", False), (2, None, False)])
+def test_no_process_reads_beside_a_step_that_needs_both_of_two_cores(
+        monkeypatch, cores, device, busy):
+    monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
+    beside = device and torch.device(device)
+    readers = set(common.in_background(lambda _: os.getpid(), range(3), 1, beside=beside))
+    assert (readers == {os.getpid()}) == busy
+
+
+def test_training_is_the_same_whether_processes_read_or_not(tmp_path, monkeypatch):
+    arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 2, "workers": 0}
+    read_by, weights = [], []
+
+    def load(step, items):
+        """Noise that the step and the item alone decide; who drew it."""
+        draws = [np.random.default_rng([step, item]).normal(size=3) for item in items]
+        return [torch.tensor(np.array(draws)).float(), torch.tensor(os.getpid())]
+
+    for workers, cores in ((0, 4), (2, 4), (2, 2)):
+        monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
+        torch.manual_seed(0)
+        model, state = torch.nn.Linear(3, 1), common.open_run(arguments, "test")
+        optimiser = torch.optim.AdamW(model.parameters(), 0.1)
+        for (x, pid), network, losses in common.training(
+                "arm", model, optimiser, 5, 2, load, workers, state):
+            losses.append(network(x + torch.rand_like(x)).square().mean())
+            optimiser.zero_grad()
+            losses[-1].backward()
+            optimiser.step()
+            read_by.append(pid.item())
+        weights.append(model.weight.detach().clone())
+    by_others = [pid != os.getpid() for pid in read_by]
+    assert by_others == 5 * [False] + 5 * [True] + 5 * [False]
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork")
 def test_readers_are_forks_on_linux_whatever_pythons_default_is():
     code = """import multiprocessing, common
