@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache, partial
 from numbers import Real
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchaudio.transforms import MelScale, MelSpectrogram, Resample, Spectrogram
 
 AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
@@ -156,36 +156,34 @@ def scan_audio(paths: list, sample_rate: int, min_seconds: float, workers: int) 
     return usable
 
 
-@lru_cache
-def enough_shared_memory() -> bool:
-    """Whether processes have the memory to hand over what they read; if not, says so, once."""
-    place = "/dev/shm"  # on Linux; a container often has 64 MB there, which a few batches fill
-    little = os.path.isdir(place) and shutil.disk_usage(place).free < 2**29
-    if little:
-        print(f"data   little shared memory ({place}): files are read without --workers")
-    return not little
-
-
-def in_background(function, items, workers: int, doing="", beside=None):
-    """Yields function(item) for every item, in order, computed ahead by `workers` processes (0:
-    none). `doing`, if given, is printed every 20 s with the items done and the time left; `beside`
-    is the device that is busy with the results meanwhile."""
+def in_background(function, items, workers: int, doing=""):
+    """Yields function(item) for every item, in order, computed ahead by `workers` threads (0:
+    none). `doing`, if given, is printed every 20 s with the items done and the time left."""
     began = shown = time.time()
-    if beside is not None and beside.type == "cpu" and (os.cpu_count() or 1) <= 2:
-        workers = 0  # with them a step takes up to half longer there (of MP3 a tenth shorter)
-    workers = workers if workers and enough_shared_memory() else 0
-    # processes that import all anew, Python 3.14's default on Linux, would take seconds to start
-    fork = "fork" if workers and sys.platform == "linux" else None
-    if fork and dist.is_initialized():  # Python 3.11 hangs in a process forked while another thread
-        time.sleep(0.1)  # enters Python, as those of a collective do that has just ended
-    loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=fork,
-                        collate_fn=function)  # without a batch size it gets one item at a time
-    for done, result in enumerate(loader, 1):
+    results = compute_ahead(function, items, workers) if workers else map(function, items)
+    for done, result in enumerate(results, 1):
         yield result
         if doing and time.time() - shown > 20:
             shown = time.time()
             left = (shown - began) / done * (len(items) - done)
             print(f"{doing:6} {done}/{len(items)} | {left:.0f} s left", flush=True)
+
+
+def compute_ahead(function, items, workers: int):
+    """in_background() by threads: processes would take seconds to start where there is no fork and
+    have to copy what they read; libsndfile, NumPy and torch let threads work side by side."""
+    torch.get_num_threads()  # settles this thread's number: the 1 below is for the readers alone
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    begun = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > 2 * workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------
@@ -445,11 +443,9 @@ def run(main, args):
     try:
         main(args)
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # nothing of readers that were just starting
         raise SystemExit("stopped; if there is a checkpoint, --resume goes on from it")
-    except AudioError as error:  # of a worker, with the worker's traceback before the last line
-        reason = str(error).strip().splitlines()[-1].rpartition("AudioError: ")[2]
-        print(f"error: {reason}", file=sys.stderr)  # of any rank: each reads files of its own
+    except AudioError as error:
+        print(f"error: {error}", file=sys.stderr)  # of any rank: each reads files of its own
         raise SystemExit(2)
     except (OSError, RuntimeError):  # of the latter kind soundfile's and torch's, which say no more
         if shutil.disk_usage(args.out).free > 2**20:
@@ -579,8 +575,7 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int,
 
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # a step is finished and saved
     try:
-        batches = in_background(load, range(first, steps), workers, beside=device)
-        for step, batch in enumerate(batches, first):
+        for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
             torch.manual_seed(random_key(arm, step, rank))
             warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then down a cosine to 0
             rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))

@@ -106,7 +106,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
-    add("--workers", type=int, default=2, help="processes that read audio; changes no result")
+    add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="+", metavar="FILE", help="print the three most likely classes")
     add("--sample", type=int, default=0, metavar="N", help="and N continuations, as wav files")
@@ -548,7 +548,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
         count = math.ceil(min(slices / code_model.context, 4 * len(clips)) / 64)
         load_64 = partial(load, arm=f"{key} dictionary", items=range(64))
-        batches = in_background(load_64, range(count), workers, beside=front.mean.device)
+        batches = in_background(load_64, range(count), workers)
         fit_dictionary(key, front, tokenizer, batches, restarts)
         train_arm(f"{key} next code", code_model, generative_loss, load)
 
@@ -567,7 +567,7 @@ def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
     nn.ModuleList(variants).eval()
     frames = front.frames  # of a window; it has half as many codes
     read = partial(read_audio, sample_rate=SAMPLE_RATE)
-    for waveform in in_background(read, paths, workers, "embed", front.mean.device):
+    for waveform in in_background(read, paths, workers, "embed"):
         waveform = waveform.repeat(math.ceil(WINDOW / len(waveform)))  # no shorter than a view
         log_mel = front(waveform[None].to(front.mean.device))  # (1, F, T)
         windows = log_mel[0].unfold(1, frames, frames // 2).transpose(0, 1)  # (n, F, frames)

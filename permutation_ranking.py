@@ -101,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
-    add("--workers", type=int, default=2, help="processes that read audio; changes no result")
+    add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="*", metavar="FILE", help="print family and pitch of these notes; "
         "without FILE: score what was trained on the notes of --data")
@@ -483,9 +483,8 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
                    fixed=model.fixed.cpu())
     parts, n = [], model.fixed.shape[1]
     batches = [range(i, min(i + 32, len(notes))) for i in range(0, len(notes), 32)]
-    device = model.fixed.device
-    for batch in in_background(load, batches, workers, beside=device):
-        waveform, permutation, *labels = (part.to(device) for part in batch)
+    for batch in in_background(load, batches, workers):
+        waveform, permutation, *labels = (part.to(model.fixed.device) for part in batch)
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
         output = model.eval()(shuffle(patches, permutation)).detach().requires_grad_()
         loss = loss_of(output, permutation + 1.0, *labels)
@@ -506,9 +505,8 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
     some = next(iter(models.values()))  # all have the same front end, on the same device
     load = partial(load_views, seconds=some.heard)
-    device = some.fixed.device
-    for i, waveform in enumerate(in_background(load, batches, workers, "embed", device)):
-        frames = some.front_end(waveform.to(device))  # (B, F, T)
+    for i, waveform in enumerate(in_background(load, batches, workers, "embed")):
+        frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         read = lambda model, layer: model.eval().embed(model.patches(frames), layer)

@@ -86,7 +86,7 @@ LIMITS = {"steps": (2, 10**8), "batch_size": (1, 10**5), "lr": (1e-9, 10), "view
           "left_out_folds": (1, 5), "workers": (0, 64), "seed": (0, 2**32)}
 GENERATED_CLIPS = 400  # of the demo
 WINDOW_SECONDS = 13.6  # whole files are read in windows of the paper's excerpt
-VERSION = "tempo_equivariant 7"  # of the checkpoint's contents and of what trained them
+VERSION = "tempo_equivariant 8"  # of the checkpoint's contents and of what trained them
 CLASSES = 300  # class k of the head is k BPM
 PRIOR_BPM, PRIOR_OCTAVES = 120.0, 0.5  # log-normal tempo prior: stated, not fitted to any recording
 BPM_AXIS = 15 * 2 ** (torch.arange(145) / 24)  # log tempo, 24 bins to the octave: 15 to 960 BPM
@@ -111,7 +111,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/tempo_equivariant"), metavar="DIR", help="results")
     add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
-    add("--workers", type=int, default=2, help="processes that read audio; changes no result")
+    add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
     add("--predict", nargs="*", metavar="FILE", help="print tempi (of all of --data, without FILE)")
     args = parser.parse_args(argv)
@@ -653,7 +653,7 @@ def embed(model: nn.Module, paths: list, workers: int) -> tuple[Tensor, Tensor]:
     load = partial(load_windows, sample_rate=model.sample_rate)
     device, h, clip, batch = next(model.parameters()).device, [], [], []
     answer = lambda: model.embed(model.views(torch.stack(batch).to(device))).cpu()
-    for number, windows in enumerate(in_background(load, paths, workers, "embed", device)):
+    for number, windows in enumerate(in_background(load, paths, workers, "embed")):
         for window in windows:  # up to 32 of one length at a time
             if batch and (len(batch) == 32 or len(batch[0]) != len(window)):
                 h.append(answer())
@@ -770,6 +770,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
 
     def with_labels(kind, encoder):
         """Trains all weights on labels of folds 1 to 4, fits a new head: (n,) BPM of fold 0."""
+        torch.manual_seed(random_key("head", name, seed))
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         train_arm(f"{arm} {kind}", classifier, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])
@@ -796,7 +797,6 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
             if known.any():
                 rows[f"{row} + head"] = head_tempi(h, clip, bpm, folds)
             if known.any() and fine_tune:
-                torch.manual_seed(random_key("head", name, seed))  # the same if SSL is resumed
                 rows[f"{row}, fine-tuned + head, fold 0"] = with_labels("fine-tuned", encoder)
         if fold < 0:
             rows[f"{name}, SSL label-free, same songs"] = tempi

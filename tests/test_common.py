@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from fractions import Fraction
@@ -209,62 +210,70 @@ def test_long_work_in_the_background_says_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().out == "count  3/7 | 43 s left\ncount  6/7 | 11 s left\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others share memory otherwise")
-def test_a_process_reads_by_itself_where_shared_memory_is_little_as_in_a_container(
-        monkeypatch, capsys):
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
-    common.enough_shared_memory.cache_clear()
-    for _ in range(2):
-        readers = common.in_background(lambda _: os.getpid(), range(3), 2)
-        assert list(readers) == 3 * [os.getpid()]
-    common.enough_shared_memory.cache_clear()
-    assert capsys.readouterr().out.count("without --workers") == 1
+def test_readers_keep_the_order_and_begin_no_more_than_twice_their_number_ahead():
+    begun = []
+
+    def read(number):
+        begun.append(number)
+        time.sleep(0.02 * (number % 2))  # the odd ones end later
+        return number
+
+    results = common.in_background(read, range(50), 2)
+    assert next(results) == 0
+    time.sleep(0.3)
+    assert sorted(begun) == [0, 1, 2, 3, 4]
+    assert list(results) == list(range(1, 50))
 
 
-@pytest.mark.parametrize("cores, device, busy", [(2, "cpu", True), (4, "cpu", False),
-                                                 (2, "cuda", False), (2, None, False)])
-def test_no_process_reads_beside_a_step_that_needs_both_of_two_cores(
-        monkeypatch, cores, device, busy):
-    monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
-    beside = device and torch.device(device)
-    readers = set(common.in_background(lambda _: os.getpid(), range(3), 1, beside=beside))
-    assert (readers == {os.getpid()}) == busy
+def test_a_run_that_ends_early_leaves_unread_what_was_still_ahead():
+    begun, may_end = [], [threading.Event() for _ in range(3)]
+
+    def read(number):
+        begun.append(number)
+        may_end[number].wait(5)
+
+    may_end[0].set(), may_end[2].set()
+    results = common.in_background(read, range(3), 1)
+    next(results)  # 1 is being read, 2 waits
+    threading.Timer(0.3, may_end[1].set).start()
+    results.close()
+    assert begun == [0, 1]
 
 
-def test_training_is_the_same_whether_processes_read_or_not(tmp_path, monkeypatch):
+def test_readers_work_on_one_core_each_and_leave_the_step_all_of_its_own():
+    reads = "print(*common.in_background(lambda _: torch.get_num_threads(), range(3), 2))"
+    own = []
+    for line in ("print(1, 1, 1)", reads):  # each in a process where torch has not yet begun
+        code = f"import torch, common\n{line}\nprint(torch.get_num_threads())"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                cwd=ROOT)
+        own.append(result.stdout.splitlines())
+    assert own[0] == own[1] and own[0][0] == "1 1 1"
+
+
+def test_training_is_the_same_whether_threads_read_or_not(tmp_path):
     arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 2, "workers": 0}
-    read_by, weights = [], []
+    weights = []
 
     def load(step, items):
-        """Noise that the step and the item alone decide; who drew it."""
+        """Noise that the step and the item alone decide; whether a thread drew it."""
         draws = [np.random.default_rng([step, item]).normal(size=3) for item in items]
-        return [torch.tensor(np.array(draws)).float(), torch.tensor(os.getpid())]
+        other = threading.current_thread() is not threading.main_thread()
+        return [torch.tensor(np.array(draws)).float(), torch.tensor(other)]
 
-    for workers, cores in ((0, 4), (2, 4), (2, 2)):
-        monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
+    for workers in (0, 2):
         torch.manual_seed(0)
         model, state = torch.nn.Linear(3, 1), common.open_run(arguments, "test")
         optimiser = torch.optim.AdamW(model.parameters(), 0.1)
-        for (x, pid), network, losses in common.training(
+        for (x, other), network, losses in common.training(
                 "arm", model, optimiser, 5, 2, load, workers, state):
+            assert other == (workers > 0)
             losses.append(network(x + torch.rand_like(x)).square().mean())
             optimiser.zero_grad()
             losses[-1].backward()
             optimiser.step()
-            read_by.append(pid.item())
         weights.append(model.weight.detach().clone())
-    by_others = [pid != os.getpid() for pid in read_by]
-    assert by_others == 5 * [False] + 5 * [True] + 5 * [False]
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="others cannot fork")
-def test_readers_are_forks_on_linux_whatever_pythons_default_is():
-    code = """import multiprocessing, common
-multiprocessing.set_start_method("forkserver")  # Python 3.14's, which would have to pickle
-print(*common.in_background(lambda number: number + 1, [1, 2, 3], 2))"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.endswith("2 3 4\n")
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])
