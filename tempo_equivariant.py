@@ -12,7 +12,7 @@ Measured, Accuracy 1 / 2, 3 seeds          demo: 400 generated clips      102 re
   autocorrelation, the same songs          .775 / .938                    .620 / .796
   a head on its h, on an untrained one's   .878 / .978, .815 / .943       .676 / .899, .549 / .801
   the same of the paper's TCN              .141 / .169, .215 / .243       .141 / .209, .144 / .186
-(the demo on two cores: 310 s for its three seeds). The TCN's z of bare clicks is the tempo times a
+(the demo on two cores: 461 s for its three seeds). The TCN's z of bare clicks is the tempo times a
 constant; of music it follows the stretch, as onset density does, and not the tempo.
 
     python tempo_equivariant.py                        demo: makes its own music
