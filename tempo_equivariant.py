@@ -770,7 +770,7 @@ def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, lea
 
     def with_labels(kind, encoder):
         """Trains all weights on labels of folds 1 to 4, fits a new head: (n,) BPM of fold 0."""
-        torch.manual_seed(random_key("head", name, seed))
+        torch.manual_seed(random_key("head", name, seed))  # whatever was drawn or resumed before
         classifier = TempoClassifier(encoder, h.shape[1]).to(next(encoder.parameters()).device)
         train_arm(f"{arm} {kind}", classifier, list(compress(clips, known & (folds != 0))))
         return head_tempi(*embed(encoder, paths, workers), bpm, folds, [0])

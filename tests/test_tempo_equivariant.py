@@ -551,6 +551,23 @@ def test_the_fine_tuned_row_goes_on_from_the_ssl_weights_with_labels_of_other_fo
     assert (scored == (folds == 0)).all()
 
 
+def test_a_head_begins_with_the_same_weights_whatever_was_drawn_before(folder):
+    clips = [clip for clip in tempo.load_clips(folder, RATE, 6.0, 0) if not math.isnan(clip.bpm)]
+    heads = []
+
+    def train_arm(arm, model, part):
+        """An arm that draws, as one does that is trained, or does not, as one that is resumed."""
+        torch.rand(draws)
+        if isinstance(model, tempo.TempoClassifier):
+            heads.append(model.head.weight.detach().clone())
+
+    for draws in (0, 3):
+        torch.manual_seed(draws)
+        build = lambda *_: tempo.TCN(RATE, 1024, 4.0, 20, 25)
+        tempo.compare("tcn", 0, clips, build, train_arm, {}, [0], True, 0)
+    assert len(heads) == 4 and all(torch.equal(head, heads[0]) for head in heads)
+
+
 def test_the_head_hears_a_tempo_that_is_all_that_h_says():
     rng = np.random.default_rng(0)
     bpm, folds = np.exp(rng.normal(math.log(115), 0.28, 400)), np.arange(400) % 5
