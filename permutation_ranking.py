@@ -386,18 +386,19 @@ class ContextFreeNetwork(nn.Module):
         """(B, F, T) of the front end -> (B, n, H, W), in order."""
         return cut(F.avg_pool1d(frames, self.averaged), *self.grid)
 
-    def embed(self, patches: Tensor, layer: str) -> Tensor:
-        """(B, n, H, W) -> (B, D): the "joint" layer; or all patches in order, each by the encoder's
-        "convolutions" alone, without its last, dense part, which keeps less of the pitch."""
+    def embed(self, patches: Tensor) -> dict[str, Tensor]:
+        """(B, n, H, W) -> {layer: (B, D)}: the "joint" layer; and all patches in order, each by the
+        encoder's "convolutions" alone, without its last, dense part, which keeps less of the pitch.
+        """
         mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
-        patches = (patches - mean) / (sd + 0.3)  # order by loudness is no order
-        encoder = self.encoder if layer == "joint" else self.encoder[:-1]
-        features = encoder(patches.flatten(0, 1)).view(len(patches), -1)  # (B, n E) for "joint"
-        return F.relu(self.joint(features)) if layer == "joint" else features
+        patches, B = (patches - mean) / (sd + 0.3), len(patches)  # order by loudness is no order
+        convolutions = self.encoder[:-1](patches.flatten(0, 1))  # (B n, .)
+        features = self.encoder[-1](convolutions).view(B, -1)  # (B, n E)
+        return {"convolutions": convolutions.view(B, -1), "joint": F.relu(self.joint(features))}
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, outputs)."""
-        return self.output(self.embed(patches, "joint"))
+        return self.output(self.embed(patches)["joint"])
 
     def order(self, output: Tensor) -> Tensor:
         """(B, outputs) -> (B, n): the places 0..n-1 that it gives to the slots."""
@@ -509,9 +510,9 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
         frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
-        read = lambda model, layer: model.eval().embed(model.patches(frames), layer)
-        new |= {name: read(model, model.layer) for name, model in models.items()}
-        new |= {f"joint layer of {name}": read(model, "joint")  # the paper's
+        layers = {name: m.eval().embed(m.patches(frames)) for name, m in models.items()}
+        new |= {name: layers[name][model.layer] for name, model in models.items()}
+        new |= {f"joint layer of {name}": layers[name]["joint"]  # the paper's
                 for name, model in models.items() if model.layer != "joint"}
         for name, part in new.items():
             if i == 0:  # whole at once: small parts between large tensors would tie up memory

@@ -142,7 +142,7 @@ def test_the_networks_take_every_number_of_patches_in_both_directions():
             model = P.ContextFreeNetwork("small", *grid)
             patches = model.patches(model.front_end(torch.randn(2, 16000)))
             assert model(patches).shape == (2, math.prod(grid))
-            assert model.embed(patches, "convolutions").shape == (2, 128 * math.prod(grid))
+            assert model.embed(patches)["convolutions"].shape == (2, 128 * math.prod(grid))
 
 
 def test_the_papers_network_has_its_widths_and_learns_from_a_step():
@@ -152,7 +152,7 @@ def test_the_papers_network_has_its_widths_and_learns_from_a_step():
     ).eval()  # stock AlexNet collapses from 8 bands up
     patches, choice = model.patches(model.front_end(torch.randn(2, 64000))), torch.tensor([1, 3])
     assert (
-        model.embed(patches, model.layer).shape == (2, 4096)
+        model.embed(patches)[model.layer].shape == (2, 4096)
         and model.joint.in_features == 12 * 1024
     )
     before = P.LOSSES["classification"](model(patches), None, choice, 1.0)
@@ -170,7 +170,7 @@ def test_a_patchs_features_depend_on_nothing_but_the_patch_and_equal_a_loop_over
     other = patches.clone()
     other[:, 3] = torch.randn_like(other[:, 3])
     change = (
-        (model.embed(patches, "convolutions") - model.embed(other, "convolutions"))
+        (model.embed(patches)["convolutions"] - model.embed(other)["convolutions"])
         .view(32, 10, 128)
         .abs()
         .amax((0, 2))
@@ -381,7 +381,7 @@ def test_a_run_prints_its_table_and_writes_its_results(finished):
 def test_the_heads_leave_the_encoder_as_it_was_trained(finished):
     state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
     model = P.load_kept(state, "cpu")
-    x = model.embed(torch.randn(8, 10, 51, 25), model.layer)
+    x = model.embed(torch.randn(8, 10, 51, 25))[model.layer]
     x, y = x.detach(), torch.zeros(8).long()
     head = P.fit_head(x, y, 8, 2, torch.nn.functional.cross_entropy)
     assert all(
