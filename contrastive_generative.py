@@ -82,7 +82,7 @@ LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5)
 SAMPLE_RATE, BANDS, EMBEDDING = 16000, 64, 512
 WINDOW, EXCERPT_SECONDS = 16000, 2.5  # samples of a view (1 s); what it is cropped from
 GENERATED_CLIPS = 1120  # of the demo
-VERSION = "contrastive_generative 5"  # of the checkpoint's contents
+VERSION = "contrastive_generative 6"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -657,12 +657,15 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
     paths = [clip[0] for clip in clips]
     fit, valid, test = (torch.from_numpy(parts == part) for part in ("train", "valid", "test"))
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
-    embedded, codes = embed(models["front"], models["tokenizer"], variants if classes else [],
+    embedded, codes = embed(models["front"], models["tokenizer"], variants if classes else [models],
                             paths, workers)
     known = count_codes(models["code_model"], codes, test) if "generative" in objectives else {}
-    if not classes:
+    ours, *others = embedded
+    if not classes:  # --predict will name the clips that are most alike, out of 2000 at most
+        row, some = objectives[0], slice(None, None, len(clips) // 2000 + 1)
+        kept |= {"row": row, "known": ours[row][some].clone(), "paths": paths[some]}
         return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
-    ours, random, supervised = embedded
+    random, supervised = others
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": random["contrastive"], "contrastive": ours["contrastive"]}
@@ -753,11 +756,12 @@ def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: 
 
 
 def predict(files: list, count: int, out: Path, device, workers: int):
-    """Prints the three likeliest classes of each file, and samples `count` continuations."""
+    """Prints the three likeliest classes of each file, or of a model that was trained on clips
+    without classes, the three that are most alike; samples `count` continuations."""
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     kept, classes = state["kept"], state["classes"]
-    if not kept or not (kept["row"] or count):
-        die(f"{out}/checkpoint.pt: no probe is fitted yet (--resume), or there were no classes")
+    if not kept:
+        die(f"{out}/checkpoint.pt: no probe is fitted yet; go on with --resume")
     if count and "generative" not in state["args"]["objectives"]:
         die(f"--sample: {out}/checkpoint.pt was trained without the generative half")
     usable = list(scan_audio(files, SAMPLE_RATE, 0.1, workers))
@@ -770,14 +774,18 @@ def predict(files: list, count: int, out: Path, device, workers: int):
         torch.manual_seed(0)
         for number, path in enumerate(map(Path, usable)):
             sample(models, path, count, out / "samples" / f"{number}_{path.stem}")
-    if not kept["row"]:
-        return
     (features,), _ = embed(models["front"], models["tokenizer"], [models], usable, 0)
-    print(f"model  {kept['row']}, {kept['key']}")
-    chances = F.linear(features[kept["row"]], **kept["probe"]).softmax(1)
-    for path, chance in zip(usable, chances):
-        best = chance.argsort(descending=True)[:3]
-        print(f"{path}: " + ", ".join(f"{classes[c]} {chance[c]:.2f}" for c in best))
+    x, names, how = features[kept["row"]], classes, ""
+    if classes:
+        scores = F.linear(x, **kept["probe"]).softmax(1)  # (n, C)
+    else:
+        names, known, how = kept["paths"], kept["known"], "; no classes: the clips most alike"
+        unit = lambda x: F.normalize((x - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
+        scores = unit(x) @ unit(known).T  # (n, N), cosines
+    print(f"model  {kept['row']}, {kept['key']}{how}")
+    for path, likely in zip(usable, scores):
+        best = likely.argsort(descending=True)[:3]
+        print(f"{path}: " + ", ".join(f"{names[i]} {likely[i]:.2f}" for i in best))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ supervised .394, 9.1; statistics .263, 45. By the paper's layer: fenchel_young .
 1.3; mse .338, 18.6; soft_rank .312, 20.7; random .324 ± .014, 24.9; classification .300, 33.
 
     python permutation_ranking.py                        demo: makes its own notes
-    python permutation_ranking.py --data ./nsynth        NSynth; other audio: pre-training only
+    python permutation_ranking.py --data ./nsynth        NSynth; other audio pre-trains, without scores
     python permutation_ranking.py --predict note.wav     family and pitch of a note
     python permutation_ranking.py --predict --data DIR   the trained encoders, scored on other notes
 
@@ -81,7 +81,7 @@ FIXED_PERMUTATIONS, SAMPLE_RATE = 100, 16000  # classes of the classification ar
 TEMPERATURE = 1.0  # epsilon of soft_rank, sigma of fenchel_young (not published)
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 PRETEXT = ("partial_ranks", "kendall_tau", "zero_gradient")  # metrics of the pretext task
-VERSION = "permutation_ranking 7"  # of the checkpoint's contents
+VERSION = "permutation_ranking 8"  # of the checkpoint's contents
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -575,8 +575,16 @@ def score(x: dict, labels: dict, count: int, hidden: int, n_instruments: int):
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
             hidden: int, workers: int, kept: dict) -> list[dict]:
-    """Scores networks beside the baselines: the rows of a seed. The best network goes to `kept`."""
+    """Scores networks beside the baselines: the rows of a seed. The best network goes to `kept`;
+    without labels the first, with its embeddings of 2000 notes at most."""
+    keep = lambda name, **more: kept.update(
+        more, arm=f"{name}, seed {seed}", size=(*models[name].grid, len(models[name].fixed)))
     if not counts:
+        if not kept:
+            name, known = next(iter(pretext)), sorted({*notes["valid"], *notes["unlabelled"]})
+            known = known[:: len(known) // 2000 + 1]
+            keep(name, known=embed({name: models[name]}, known, workers)[name],
+                 paths=[note.path for note in known])
         return [{"row": name, **metrics} for name, metrics in pretext.items()]
     classes = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
     parts = {"train": labelled} | {split: notes[split] for split in ("valid", "unseen", "seen")}
@@ -596,9 +604,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
                   **pretext.get(name, dict.fromkeys(PRETEXT))}
                  for split, values in metrics.items()]
         if name in pretext and error < kept.get("error", math.inf):  # the supervised do not compete
-            size = (*models[name].grid, len(models[name].fixed))
-            kept |= {"arm": f"{name}, seed {seed}", "error": error, "size": size,
-                     "heads": heads.state_dict()}
+            keep(name, error=error, heads=heads.state_dict())
     return rows
 
 
@@ -650,18 +656,20 @@ def new_network(network: str, grid: tuple, seed: int, device, loss="", outputs=0
 
 
 def load_kept(state: dict, device) -> nn.Module:
-    """The network of a checkpoint that, of those trained without labels, was best on validation."""
+    """The network of a checkpoint that answers --predict."""
     model = ContextFreeNetwork(state["args"]["network"], *state["kept"]["size"])
     model.load_state_dict(state["arms"][state["kept"]["arm"]])
     return model.to(device).eval()
 
 
 def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
-    """Prints family and pitch of files."""
+    """Prints family and pitch of files; if no note had labels, the notes that are most alike."""
     state = load_checkpoint(checkpoint, VERSION)
-    if not state["kept"]:
-        die(f"{checkpoint}: nothing is scored yet; go on with --resume, or train on labels")
-    print(f"model  {state['kept']['arm']}, the best trained without labels")
+    kept, labelled = state["kept"], "heads" in state["kept"]
+    if not kept:
+        die(f"{checkpoint}: nothing is scored yet; go on with --resume")
+    print(f"model  {kept['arm']}, " + ("the best trained without labels" if labelled else
+                                       "for there were no labels: the notes that are most alike"))
     model, trained, notes = load_kept(state, device), state["args"], []
     for path, seconds in scan_audio(files, SAMPLE_RATE, 0.25, workers).items():
         if load_view(path, 0.0, model.heard).abs().max() < 1e-5:
@@ -671,8 +679,15 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
     if not notes:
         die("none of these files can be used")
     x = embed({"kept": model}, notes, workers)["kept"]  # (N, D)
+    if not labelled:
+        known = kept["known"]  # (n, D)
+        unit = lambda x: F.normalize((x - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
+        for note, alike in zip(notes, unit(x) @ unit(known).T):  # (n,), cosines
+            best = alike.argsort(descending=True)[:3]
+            print(f"{note.path}: " + ", ".join(f"{kept['paths'][i]} {alike[i]:.2f}" for i in best))
+        return
     heads = nn.ModuleList([make_head(x.shape[1], trained["hidden"], n) for n in (len(FAMILIES), 1)])
-    heads.load_state_dict(state["kept"]["heads"])
+    heads.load_state_dict(kept["heads"])
     family, pitch = (head(x) for head in heads)
     for note, p, tens in zip(notes, family.softmax(1), pitch[:, 0].tolist()):
         midi = 60 + 10 * tens
@@ -751,7 +766,7 @@ def main(args: argparse.Namespace):
                             state["kept"]))
         save(state)
     means = report(rows, out / "results.json", state["args"], state["began"])
-    if state["kept"]:
+    if notes["train"]:
         shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
         arm = next(arm for arm in state["arms"] if not arm.startswith("supervised"))  # the first
         grid = args.bands[0], args.slices[0]
@@ -759,7 +774,7 @@ def main(args: argparse.Namespace):
         model.load_state_dict(state["arms"][arm])
         write_whole(out / "permutation.png",
                     lambda path: draw(path, means, model.eval(), arm, shown))
-    end_run(out, "permutation.png" if state["kept"] else "no picture", state["began"])
+    end_run(out, "permutation.png" if notes["train"] else "no picture", state["began"])
 
 
 if __name__ == "__main__":

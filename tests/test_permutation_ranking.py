@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -485,6 +486,10 @@ def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path
     result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL)
     assert result.returncode == 0 and "examples.json: not NSynth's labels" in result.stdout
     assert "no scores" in result.stdout and "partial_ranks" in result.stdout
+    files = sorted((tmp_path / "nsynth-train/audio").iterdir())
+    for file in files[:2]:  # the first was not trained on
+        answer = run("--out", tmp_path / "out", "--predict", file).stdout.splitlines()[-1]
+        assert re.fullmatch(f"{file}: .*/{file.name} 1.00(, .*wav -?[0-9.]+){{2}}", answer)
 
 
 def test_the_demo_writes_its_notes_anew_for_their_generator_may_have_been_changed(tmp_path):
