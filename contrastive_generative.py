@@ -657,15 +657,9 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
     paths = [clip[0] for clip in clips]
     fit, valid, test = (torch.from_numpy(parts == part) for part in ("train", "valid", "test"))
     kept, rows = {"key": key, "models": models.state_dict(), "row": "", "loss": math.inf}, []
-    embedded, codes = embed(models["front"], models["tokenizer"], variants if classes else [models],
-                            paths, workers)
+    (ours, random, *supervised), codes = embed(
+        models["front"], models["tokenizer"], variants if classes else variants[:2], paths, workers)
     known = count_codes(models["code_model"], codes, test) if "generative" in objectives else {}
-    ours, *others = embedded
-    if not classes:  # --predict will name the clips that are most alike, out of 2000 at most
-        row, some = objectives[0], slice(None, None, len(clips) // 2000 + 1)
-        kept |= {"row": row, "known": ours[row][some].clone(), "paths": paths[some]}
-        return [{"row": "no classes", **known, "clips": int(test.sum())}], kept
-    random, supervised = others
     features = {"chance": torch.zeros(len(clips), 1), "mel statistics": ours["mel statistics"]}
     if "contrastive" in objectives:
         features |= {"random VGG": random["contrastive"], "contrastive": ours["contrastive"]}
@@ -678,7 +672,8 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
         control = [ours["contrastive"], random["generative, mean + sd"]]
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
-    for name, x in in_background(tuple, list(features.items()), 0, "probe"):  # a line every 20 s
+    to_probe = list(features.items()) if classes else []
+    for name, x in in_background(tuple, to_probe, 0, "probe"):  # a line every 20 s
         two = name in ("contrastive + random Transformer", "both")
         layer, loss = fit_probe(x, targets, fit, valid, (1, 0.5, 0.25) if two else (1,))
         more = known if name == "generative" else {}
@@ -686,11 +681,17 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
         # the best of these is kept for --predict
         if name.split(",")[0] in (*objectives, "both") and loss < kept["loss"]:
             kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
-    logits = labelled["classifier"].cpu()(supervised["contrastive"][test])
-    rows.append({"row": "supervised", **score(logits, targets[test])})
+    truth = targets[test].argmax(1) if classes else torch.zeros(int(test.sum()))  # all of one kind
+    if classes:
+        logits = labelled["classifier"].cpu()(supervised[0]["contrastive"][test])
+        rows.append({"row": "supervised", **score(logits, targets[test])})
+    else:  # --predict will name the clips that are most alike, out of 2000 at most
+        row, some = objectives[0], slice(None, None, len(clips) // 2000 + 1)
+        kept |= {"row": row, "known": ours[row][some].clone(), "paths": paths[some]}
+        rows.append({"row": "no classes", **known, "clips": int(test.sum())})
     if picture:
         held_out = {name: x[test] for name, x in features.items()}
-        truth, file = targets[test].argmax(1), paths[test.nonzero()[0].item()]
+        file = paths[test.nonzero()[0].item()]
         write_whole(picture, lambda path: draw(path, held_out, truth, classes, kept, models, file))
     return rows, kept
 
@@ -716,7 +717,7 @@ def draw(path: Path, features: dict, truth: Tensor, classes: list, kept: dict,
         x = features[name]
         x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-6)
         x = x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T  # (N, 2), principal components
-        for c, label in enumerate(classes):
+        for c, label in enumerate(classes or [""]):
             axis.plot(*x[truth == c].T, ".", color=colormaps["tab20"](c % 20), label=label)
         axis.set(title=f"{name}, PCA", xticks=[], yticks=[])
     for axis, name, image in ((bottom[0], "log-mel", clip[0]), (bottom[1], "decoded", decoded)):
@@ -727,12 +728,14 @@ def draw(path: Path, features: dict, truth: Tensor, classes: list, kept: dict,
     track.set_visible("generative" in features)
     track.imshow(codes.numpy(), aspect="auto", cmap="prism", interpolation="nearest")
     track.set(xticks=[], yticks=[], xlabel="its codes as colours")
-    found = F.linear(features[kept["row"]], **kept["probe"]).argmax(1)  # (N,), the answers
-    counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    bottom[2].imshow(shares.numpy(), cmap="Blues")
-    bottom[2].set(title=f"{kept['row']}, {kept['key']}", xlabel="answer", ylabel="class")
-    if len(classes) <= 20:
+    bottom[2].set_visible(len(classes) > 0)
+    if classes:
+        found = F.linear(features[kept["row"]], **kept["probe"]).argmax(1)  # (N,), the answers
+        counts = F.one_hot(truth, len(classes)).T @ F.one_hot(found, len(classes))  # (C, C)
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        bottom[2].imshow(shares.numpy(), cmap="Blues")
+        bottom[2].set(title=f"{kept['row']}, {kept['key']}", xlabel="answer", ylabel="class")
+    if 0 < len(classes) <= 20:
         top[1 if "contrastive" in features else 2].legend(fontsize=7)
         bottom[2].set_xticks(range(len(classes)), classes, rotation=90)
         bottom[2].set_yticks(range(len(classes)), classes)
@@ -885,7 +888,7 @@ def main(args: argparse.Namespace):
             mean["clips"] = sum(row["clips"] for row in same)
             table[-1].append({"row": same[0]["row"], **mean})
     report(table, out / "results.json", state["args"], state["began"])
-    end_run(out, "sounds.png" if classes else "no picture", state["began"])
+    end_run(out, "sounds.png", state["began"])
 
 
 if __name__ == "__main__":

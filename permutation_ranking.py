@@ -16,7 +16,7 @@ supervised .394, 9.1; statistics .263, 45. By the paper's layer: fenchel_young .
 1.3; mse .338, 18.6; soft_rank .312, 20.7; random .324 ± .014, 24.9; classification .300, 33.
 
     python permutation_ranking.py                        demo: makes its own notes
-    python permutation_ranking.py --data ./nsynth        NSynth; other audio pre-trains, without scores
+    python permutation_ranking.py --data ./nsynth        NSynth; or any audio, without scores
     python permutation_ranking.py --predict note.wav     family and pitch of a note
     python permutation_ranking.py --predict --data DIR   the trained encoders, scored on other notes
 
@@ -609,7 +609,8 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
 
 
 def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
-    """The PNG: notes as they are, shuffled, put back by the model; scores by number of labels."""
+    """The PNG: notes as they are, shuffled, put back by the model; scores by number of labels, or,
+    where there are none, of the pretext task."""
     from matplotlib.figure import Figure  # needs no display
 
     picture = Figure(figsize=(13, 6), layout="constrained")
@@ -624,23 +625,28 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
             bands = [torch.cat([*band], 1) for band in view.unflatten(0, model.grid)]  # (H, T) each
-            axis.imshow(torch.cat(bands).cpu(), origin="lower", aspect="auto", cmap="magma")
+            axis.imshow(torch.cat(bands).cpu().numpy(), origin="lower", aspect="auto", cmap="magma")
             axis.set_axis_off()
     curves = {}  # {arm: {labelled notes: its row}}
     for row in rows:
-        name, count, split = row["row"].split(", ")
-        if split == "unseen" and not name.startswith("joint"):
-            curves.setdefault(name, {})[int(count.split()[0])] = row
-    for axis, key in zip(right.subplots(2, 1), ("family_accuracy", "pitch_mse")):
-        for name, points in curves.items():
-            style = "o-" if name.split()[0] in LOSSES else "x:"
-            axis.plot([*points], [row[key] for row in points.values()], style, label=name)
-        axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
-                 yscale="log" if key == "pitch_mse" else "linear")
-        axis.set_xticks([*points], [*points])
-        axis.minorticks_off()
-    axis.legend(fontsize=8, ncols=2)
-    right.suptitle("unseen instruments")
+        name, *labels = row["row"].split(", ")
+        if labels[1:] == ["unseen"] and not name.startswith("joint"):
+            curves.setdefault(name, {})[int(labels[0].split()[0])] = row
+    right.suptitle("unseen instruments" if curves else "held-out notes")
+    if curves:
+        for axis, key in zip(right.subplots(2, 1), ("family_accuracy", "pitch_mse")):
+            for name, points in curves.items():
+                style = "o-" if name.split()[0] in LOSSES else "x:"
+                axis.plot([*points], [row[key] for row in points.values()], style, label=name)
+            axis.set(xlabel="labelled notes", ylabel=key, xscale="log",
+                     yscale="log" if key == "pitch_mse" else "linear")
+            axis.set_xticks([*points], [*points])
+            axis.minorticks_off()
+        axis.legend(fontsize=8, ncols=2)
+    else:
+        for axis, key in zip(right.subplots(2, 1), ("partial_ranks", "kendall_tau")):
+            axis.bar([row["row"] for row in rows], [row[key] for row in rows])
+            axis.set(ylabel=key)
     picture.savefig(path, dpi=100, format="png")
 
 
@@ -766,15 +772,14 @@ def main(args: argparse.Namespace):
                             state["kept"]))
         save(state)
     means = report(rows, out / "results.json", state["args"], state["began"])
-    if notes["train"]:
-        shown = notes["unseen"][:: len(notes["unseen"]) // 3 + 1]
-        arm = next(arm for arm in state["arms"] if not arm.startswith("supervised"))  # the first
-        grid = args.bands[0], args.slices[0]
-        model = new_network(args.network, grid, args.seed[0], device, args.losses[0])
-        model.load_state_dict(state["arms"][arm])
-        write_whole(out / "permutation.png",
-                    lambda path: draw(path, means, model.eval(), arm, shown))
-    end_run(out, "permutation.png" if notes["train"] else "no picture", state["began"])
+    shown = notes["unseen"] or notes["valid"]
+    arm = next(arm for arm in state["arms"] if not arm.startswith("supervised"))  # the first
+    grid = args.bands[0], args.slices[0]
+    model = new_network(args.network, grid, args.seed[0], device, args.losses[0])
+    model.load_state_dict(state["arms"][arm])
+    write_whole(out / "permutation.png", lambda path: draw(
+        path, means, model.eval(), arm, shown[:: len(shown) // 3 + 1]))
+    end_run(out, "permutation.png", state["began"])
 
 
 if __name__ == "__main__":

@@ -658,6 +658,7 @@ def test_of_a_folder_without_classes_predict_names_the_clips_that_are_most_alike
         -2000:
     ]
     assert "fold 2" not in result.stdout  # nothing would come of it
+    assert (tmp_path / "sounds.png").stat().st_size > 10000
     file = tmp_path / "flat" / "1.wav"
     answer = run("--out", tmp_path, "--predict", file).stdout.splitlines()[-1]
     assert re.fullmatch(f"{file}: {file} 1.00(, {file.parent}/[0-9]+.wav [0-9.-]+){{2}}", answer)

@@ -486,6 +486,7 @@ def test_a_broken_examples_json_leaves_a_folder_that_pre_trains(folder, tmp_path
     result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL)
     assert result.returncode == 0 and "examples.json: not NSynth's labels" in result.stdout
     assert "no scores" in result.stdout and "partial_ranks" in result.stdout
+    assert (tmp_path / "out/permutation.png").stat().st_size > 10000
     files = sorted((tmp_path / "nsynth-train/audio").iterdir())
     for file in files[:2]:  # the first was not trained on
         answer = run("--out", tmp_path / "out", "--predict", file).stdout.splitlines()[-1]
