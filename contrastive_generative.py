@@ -687,7 +687,7 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
         rows.append({"row": "supervised", **score(logits, targets[test])})
     else:  # --predict will name the clips that are most alike, out of 2000 at most
         row, some = objectives[0], slice(None, None, len(clips) // 2000 + 1)
-        kept |= {"row": row, "known": ours[row][some].clone(), "paths": paths[some]}
+        kept |= {"row": row, "embeddings": ours[row][some].clone(), "paths": paths[some]}
         rows.append({"row": "no classes", **known, "clips": int(test.sum())})
     if picture:
         held_out = {name: x[test] for name, x in features.items()}
@@ -782,7 +782,7 @@ def predict(files: list, count: int, out: Path, device, workers: int):
     if classes:
         scores = F.linear(x, **kept["probe"]).softmax(1)  # (n, C)
     else:
-        names, known, how = kept["paths"], kept["known"], "; no classes: the clips most alike"
+        names, known, how = kept["paths"], kept["embeddings"], "; no classes: clips most alike"
         unit = lambda x: F.normalize((x - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
         scores = unit(x) @ unit(known).T  # (n, N), cosines
     print(f"model  {kept['row']}, {kept['key']}{how}")

@@ -583,7 +583,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
         if not kept:
             name, known = next(iter(pretext)), sorted({*notes["valid"], *notes["unlabelled"]})
             known = known[:: len(known) // 2000 + 1]
-            keep(name, known=embed({name: models[name]}, known, workers)[name],
+            keep(name, embeddings=embed({name: models[name]}, known, workers)[name],
                  paths=[note.path for note in known])
         return [{"row": name, **metrics} for name, metrics in pretext.items()]
     classes = {name: i for i, name in enumerate(sorted({n.instrument for n in notes["train"]}))}
@@ -686,7 +686,7 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
         die("none of these files can be used")
     x = embed({"kept": model}, notes, workers)["kept"]  # (N, D)
     if not labelled:
-        known = kept["known"]  # (n, D)
+        known = kept["embeddings"]  # (n, D)
         unit = lambda x: F.normalize((x - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
         for note, alike in zip(notes, unit(x) @ unit(known).T):  # (n,), cosines
             best = alike.argsort(descending=True)[:3]
