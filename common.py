@@ -255,7 +255,10 @@ def soft_rank(values: Tensor, regularization_strength=1.0, direction="ascending"
     if x.numel() == 0:
         return x.clone()
     x = x if x.device.type in ("cpu", "cuda") else x.cpu()  # mps has no float64
-    return SoftRank.apply(x, float(regularization_strength)).to(values.device)
+    apply = SoftRank.apply
+    if torch.compiler.is_compiling():  # leaves it as it is: what it makes of NumPy's calls fails
+        apply = torch.compiler.disable(apply)
+    return apply(x, float(regularization_strength)).to(values.device)
 
 
 class SoftRank(torch.autograd.Function):

@@ -571,6 +571,14 @@ def test_soft_rank_takes_any_real_number_as_strength():
     torch.testing.assert_close(common.soft_rank(x, Fraction(1, 2)), common.soft_rank(x, 0.5))
 
 
+def test_soft_rank_works_within_torch_compile():
+    values = torch.randn(8, 10, requires_grad=True)
+    loss = lambda values: common.soft_rank(2 * values, 0.5).square().sum()
+    compiled = torch.compile(loss, backend="eager")  # traced, but no compiler is needed
+    plain, traced = (torch.autograd.grad(f(values), values)[0] for f in (loss, compiled))
+    assert torch.equal(plain, traced) and traced.abs().sum() > 0
+
+
 def test_soft_rank_can_be_copied_alone_as_the_readme_says():
     names = "import math\nfrom numbers import Real\nimport numpy as np\nimport torch\n"
     names += "import torch.nn.functional as F\nfrom torch import Tensor\n"
