@@ -52,11 +52,11 @@ def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
     once, by the shortest way, however many links lead to it."""
     folders, found = [Path(folder)], {}
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}  # no link leads up
-    for here in folders:  # which grow as they are found: those further down come later
+    for here in folders:  # grows during the loop: folders nearer the top come first
         real = os.path.realpath(here)
         if real not in seen:
             seen.add(real)
-            _, below, names = next(os.walk(here), ("", [], []))  # nothing where it may not look
+            _, below, names = next(os.walk(here), ("", [], []))  # () if unreadable
             folders += [here / name for name in sorted(below)
                         if name not in ("__MACOSX", "images_original")]
             for path in [here / name for name in sorted(names) if not name.startswith("._")]:
@@ -121,8 +121,8 @@ def read_audio(path, sample_rate: int, start=0.0, seconds: float | None = None) 
             samples = np.concatenate([np.zeros(0, "float32"), *mono])
             del mono
     except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's too
-        found = "a folder" if Path(path).is_dir() else "no such file"
-        raise AudioError(f"{path}: {error if Path(path).is_file() else found}") from None
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise AudioError(f"{path}: {error if os.path.isfile(path) else found}") from None
     waveform = torch.from_numpy(samples)
     # beyond 1e6 squares could overflow; the norm is the largest magnitude
     if len(waveform) == 0 or not torch.linalg.vector_norm(waveform, torch.inf) < 1e6:
@@ -172,7 +172,7 @@ def in_background(function, items, workers: int, doing=""):
 def compute_ahead(function, items, workers: int):
     """in_background() by threads: processes would take seconds to start where there is no fork and
     have to copy what they read; libsndfile, NumPy and torch let threads work side by side."""
-    torch.get_num_threads()  # settles this thread's number: the 1 below is for the readers alone
+    torch.get_num_threads()  # or a reader's set_num_threads(1) would hold for this thread, too
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     begun = deque()
     try:
@@ -305,8 +305,8 @@ def project(rows, strength, xp):
     y = rows.take(order)  # (R, n), sorted
     largest = float(abs(y[:, [0, -1]]).max())  # of the ends of the rows
     if not largest <= 1e9 * strength:  # (or nan) float64 would lose strength * w
-        y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities are level
-        # gaps above n * strength part blocks, however wide
+        y = xp.asarray(y, dtype=w.dtype).clip(-1e307, 1e307)  # infinities tie
+        # a gap above n * strength separates blocks, however wide it is: cut to that
         y[:, 1:] = (y[:, 1:] - y[:, :-1]).clip(max=n * strength).cumsum(1)
         y[:, 0] = 0
     y = y - strength * w  # strength (z - w), in float64: float32 values add up exactly
@@ -316,8 +316,8 @@ def project(rows, strength, xp):
     level = fit.ravel()
     new = xp.ones_like(level, dtype=bool)  # whether an element is the first of its block
     new[1:] = level[1:] > level[:-1]
-    new[::n] = True  # of its row, too
-    new[0] = False  # numbers from 0
+    new[::n] = True  # no block reaches into the next row
+    new[0] = False  # so that blocks are numbered from 0
     sorted_block = new.cumsum(0)
     y -= fit
     y /= strength
@@ -359,14 +359,14 @@ def pool(y, xp):
             break
         total, size = xp.bincount(group, total), xp.bincount(group, size)
         level = total / size
-    else:  # long chains are left, which lose a block a round: the textbook's stack
-        done = []  # (sum, size) of a block
-        for a, b in zip(total.tolist(), size.tolist()):
-            while done and done[-1][0] / done[-1][1] >= a / b:
-                c, d = done.pop()
-                a, b = a + c, b + d
-            done.append((a, b))
-        total, size = xp.asarray(done, dtype=y.dtype, device=y.device).T
+    else:  # long chains are left that would lose one block a round: the textbook's stack instead
+        blocks = []  # (sum, size)
+        for a_sum, a_size in zip(total.tolist(), size.tolist()):
+            while blocks and blocks[-1][0] / blocks[-1][1] >= a_sum / a_size:
+                b_sum, b_size = blocks.pop()
+                a_sum, a_size = a_sum + b_sum, a_size + b_size
+            blocks.append((a_sum, a_size))
+        total, size = xp.asarray(blocks, dtype=y.dtype, device=y.device).T
         level = total / size
     repeat = np.repeat if xp is np else torch.repeat_interleave
     return repeat(level, xp.asarray(size, dtype=int)).reshape(rows, n + 1)[:, 1:]  # less the nans
@@ -439,9 +439,9 @@ def start_run(device: str = "") -> torch.device:
 
 
 def run(main, args):
-    """main(args), with one line for what would end it in a traceback though the program is right:
-    Ctrl-C, a full disk, a file that could be read when the run began and cannot be any more."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has it not
+    """main(args); what is no fault of the program ends in one line, not in a traceback: Ctrl-C, a
+    full disk, too little memory, files that cannot be read (any more)."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(args)
@@ -450,10 +450,18 @@ def run(main, args):
     except AudioError as error:
         print(f"error: {error}", file=sys.stderr)  # of any rank: each reads files of its own
         raise SystemExit(2)
-    except (OSError, RuntimeError):  # of the latter kind soundfile's and torch's, which say no more
-        if shutil.disk_usage(args.out).free > 2**20:
-            raise
-        die(f"the disk of {args.out} is full; what a checkpoint there holds is whole (--resume)")
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        die("nobody reads the output any more; if there is a checkpoint, --resume goes on from it")
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "to allocate" in str(error):  # "tried to allocate"
+            die("too little memory; a smaller --batch-size needs less")
+        # a full disk is no more than a RuntimeError to soundfile and torch
+        if os.path.isdir(args.out) and shutil.disk_usage(args.out).free <= 2**20:
+            die(f"the disk of {args.out} is full; a checkpoint there is whole (--resume)")
+        if isinstance(error, OSError) and error.filename:
+            die(f"{error.filename}: {error.strerror}")
+        raise
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -488,9 +496,9 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
 
 
 def save_first(state: dict):
-    """Saves a run that is about to begin, so that a kill can be resumed from here on; another run's
-    checkpoint and results in its folder are put aside, as `old` if it was finished, else, unless it
-    holds no finished arm, as `unfinished`."""
+    """Saves a run before its first step. An earlier run's checkpoint and results in its folder are
+    renamed, to `old` if it was finished, to `unfinished` if not; without any finished arm they are
+    overwritten."""
     results, checkpoint = (Path(state["args"]["out"], f) for f in ("results.json", "checkpoint.pt"))
     if "seconds" not in state and rank_and_size()[0] == 0:  # not resumed
         kind = "old" if results.exists() else "unfinished"
@@ -521,11 +529,11 @@ def make_folder(path: Path):
 
 
 def open_run(arguments: dict, made_by: str) -> dict:
-    """The state of a run, which its checkpoint holds: a new one with these arguments (among them
-    `out`, `data`, `resume`, `batch_size` and `workers`), or, to resume, the one in
-    out/checkpoint.pt with its own arguments but `out` and `workers`, which change no result. It has
-    the weights of each finished arm in "arms", the one in progress in "running", what --predict
-    needs in "kept", and in "planned" how many arms there will be, which a script sets."""
+    """The state of a run, as its checkpoint holds it: new, with these arguments (among them `out`,
+    `data`, `resume`, `batch_size` and `workers`), or, with `resume`, that of out/checkpoint.pt,
+    whose own arguments then apply, except `out` and `workers`, which change no result. Its keys:
+    "arms", the weights of each finished arm; "running", the arm in progress; "kept", what
+    --predict needs; "planned", the number of arms to come, which the script sets."""
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
@@ -547,13 +555,12 @@ def open_run(arguments: dict, made_by: str) -> dict:
 
 def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int, load, workers: int,
              state: dict, monitor=None):
-    """Yields (batch, network, losses) for each step of an arm that is left to do; a script's loop
-    computes the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes
-    the step and appends the loss. Around it: the optimiser's learning rate on one cycle, a seed for
-    every step, batches read ahead by load(step, items=those of this process), a progress line with
-    monitor() or the last losses and which of state["planned"] arms this is, and a checkpoint once a
-    minute, at the end of the arm and on Ctrl-C. A finished arm yields nothing: the model gets its
-    weights.
+    """Yields (batch, network, losses) for each remaining step of an arm. The script's loop computes
+    the loss with `network` (the model; data-parallel under torchrun, bf16 on CUDA), takes the
+    optimiser's step and appends the loss to `losses`. Done here: the learning rate's one cycle, a
+    seed for every step, reading batches ahead by load(step, items=this process's share), a line of
+    progress with monitor() or the mean of the last losses, and a checkpoint once a minute, at the
+    end and on Ctrl-C. A finished arm yields nothing: its weights are loaded into the model.
     """
     if arm in state["arms"]:
         model.load_state_dict(state["arms"][arm])
@@ -580,10 +587,10 @@ def training(arm: str, model: nn.Module, optimiser, steps: int, batch_size: int,
     try:
         for step, batch in enumerate(in_background(load, range(first, steps), workers), first):
             torch.manual_seed(random_key(arm, step, rank))
-            warm = (step + 1) / (0.2 * steps)  # a fifth of the steps up, then down a cosine to 0
-            rate = min(warm, 0.5 + 0.5 * math.cos(math.pi * max(0.0, warm - 1) / 4))
+            fifths = (step + 1) / (0.2 * steps)  # of all steps: one up to the peak, four down to 0
+            factor = min(fifths, 0.5 + 0.5 * math.cos(math.pi * max(0.0, fifths - 1) / 4))
             for group in optimiser.param_groups:
-                group["lr"] = optimiser.defaults["lr"] * rate
+                group["lr"] = optimiser.defaults["lr"] * factor
             yield [part.to(device) for part in batch], network, losses
             now = time.time()
             if step + 1 == steps or now - shown > 20:  # `shown` is 0 at first

@@ -354,6 +354,34 @@ def test_a_full_disk_ends_a_run_in_one_line_and_any_other_error_is_shown(
         assert lines[0].startswith(f"error: the disk of {tmp_path} is full")
 
 
+@pytest.mark.parametrize("cause, message", [
+    (lambda: torch.empty(2**50), "too little memory"),
+    (lambda: np.empty(2**50), "too little memory"),
+    (lambda: Path(300 * "x").is_dir(), 300 * "x" + ": File name too long")])
+def test_too_little_memory_and_a_file_out_of_reach_end_a_run_in_one_line(
+        tmp_path, capsys, cause, message):
+    with pytest.raises(SystemExit) as ended:
+        common.run(lambda args: cause(), SimpleNamespace(out=tmp_path))
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {message}")
+
+
+def test_a_run_whose_output_nobody_reads_ends_in_one_line():
+    code = "import common; common.run(lambda args: [print(i, flush=True) for i in range(10**6)], 0)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()  # as `| head` does
+    line, *more = process.stderr.read().splitlines()
+    assert line.startswith("error: nobody reads") and not more and process.wait(60) == 2
+
+
+@pytest.mark.parametrize("name", [300 * "x" + ".wav", "gone.wav", "."])
+def test_read_audio_names_what_it_cannot_reach(tmp_path, name):
+    with pytest.raises(common.AudioError, match="no such file|a folder"):
+        common.read_audio(tmp_path / name, 8000)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_is_gone_in_the_middle_of_a_run_ends_it_in_one_line(tmp_path, capsys, workers):
     soundfile.write(tmp_path / "here.wav", np.ones(100), 8000)
