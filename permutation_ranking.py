@@ -20,7 +20,8 @@ supervised .394, 9.1; statistics .263, 45. By the paper's layer: fenchel_young .
     python permutation_ranking.py --predict note.wav     family and pitch of a note
     python permutation_ranking.py --predict --data DIR   the trained encoders, scored on other notes
 
-Differences from the paper, which leaves sizes, schedule, epsilon, sigma and normalisation open
+Differences from the paper, whose choice stands in brackets; it leaves sizes, epsilon, sigma and
+normalisation open
 - Patches are standardised: else loudness gives their order away, and the embedding has less pitch.
 - The embedding is what the convolutions make of all patches, in order (chosen by cross-validation
   on recorded notes, none of the test). The paper's, the joint layer, has rows of its own; --setting
@@ -29,11 +30,11 @@ Differences from the paper, which leaves sizes, schedule, epsilon, sigma and nor
   AlexNet-like one, all frames and 4 s.
 - AdamW, one cycle, clipped gradients (Adam, 1e-6 constant: its 1000 epochs are 9 million steps).
 - fenchel_young takes its expectation over the noise in closed form (sampled). epsilon = sigma = 1.
-- 100 permutations in classification, for Fig. 2 too (1000), out of 10 000, each as far as can be
-  from the nearest chosen before (Noroozi & Favaro 2016: from all, in sum). As it orders these
-  alone, do not compare its partial ranks with the other arms'.
-- The MLP clips its inputs at 3 sd, smooths its labels by 0.1 and stops after 30 epochs (not stated;
-  best on cross-entropy of validation it would stop after one, far from its best accuracy).
+- classification has 100 permutations, for Fig. 2 too (1000). Out of 10 000, each is the farthest
+  from its nearest predecessor (Noroozi & Favaro 2016: by the sum over all). It need only tell these
+  apart, so do not compare its partial ranks with the other arms'.
+- The MLP clips its inputs at 3 sd, smooths its labels by 0.1 and trains for 30 epochs (not stated;
+  validation cross-entropy would stop it after one, far from its best accuracy).
 - "supervised" learns family and pitch in one network, read like the others (end to end, one each).
 - Labelled notes are drawn at random: a few do not show all instruments.
 - Beside the MLP: linear probes, chroma, a split of seen instruments, statistics of the spectrum.
@@ -42,13 +43,13 @@ Copy this file and common.py; nothing else is needed.
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
-from itertools import count, permutations
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len(args.bands) != len(args.slices) or min(np.multiply(args.bands, args.slices)) < 2:
-        parser.error("--bands and --slices must be as many, and a pair give 2 patches or more")
+        parser.error("--bands and --slices need equally many values, every pair 2 patches or more")
     if len(set(zip(args.bands, args.slices))) < len(args.bands):
         parser.error("--bands and --slices name the same grid twice")
     if args.predict == [] and not args.data:
@@ -126,7 +127,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 # -----------------------------------------------------------------------------
 # Data: the demo's own notes, in NSynth's layout. Letters: S samples, K partials.
 
-SOUNDS = {  # family: attack s, decay s, inharmonicity, vibrato, noise, roll-off, even partials lack
+SOUNDS = {  # attack s, decay s, inharmonicity, vibrato, noise, roll-off, loss of even partials
     "bass": (0.01, 1.5, 4e-4, 0.0, 0.02, 1.8, 0.0),
     "brass": (0.05, 4.0, 0.0, 0.005, 0.03, 0.8, 0.0),
     "flute": (0.08, 4.0, 0.0, 0.010, 0.10, 2.2, 0.0),
@@ -191,7 +192,7 @@ def write_note(item: tuple, folder: Path) -> tuple[str, dict]:
 
 def write_notes(folder: Path, workers: int):
     """The demo's data set; no instrument is in two splits."""
-    numbers = count()  # of the instruments
+    numbers = itertools.count()  # of the instruments
     for split, (instruments, notes) in NOTES.items():
         part = folder / f"nsynth-{split}"
         make_folder(part / "audio")
@@ -247,8 +248,9 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         if labels:
             print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio or "
                   "a label out of range")
-    split_of = {note.path: (note, split) for split in notes for note in notes[split]}  # the last
-    if 0 < len({split for _, split in split_of.values()}) < len(notes):  # part of the set
+    # a note in several label files belongs to the last split that has it: test, else valid
+    split_of = {note.path: (note, split) for split in notes for note in notes[split]}
+    if 0 < len({split for _, split in split_of.values()}) < len(notes):  # only a part of NSynth
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
         tenths = 7 * ["train"] + ["valid"] + 2 * ["test"]
         split_of = {path: (note, tenths[random_key(note.instrument) % 10])
@@ -265,12 +267,13 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     notes["train"] = [note for note in notes["train"] if not held_out(note)]
     notes["unseen"], notes["valid"] = notes.pop("test"), thin(notes["valid"])
     if min(map(len, notes.values())) < 2:
-        print("truth  no scores: these take labelled notes of several instruments")
+        print("truth  no scores: they need labelled notes of several instruments")
         notes, taken = dict.fromkeys(notes, []), set()
     notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in taken]
     if not notes["valid"]:  # every tenth, which is not trained on if there are more
-        rest = [note for i, note in enumerate(notes["unlabelled"]) if i % 10]
-        notes["valid"], notes["unlabelled"] = notes["unlabelled"][::10], rest or notes["unlabelled"]
+        everything = notes["unlabelled"]
+        notes["valid"] = thin(everything[::10])
+        notes["unlabelled"] = [note for i, note in enumerate(everything) if i % 10] or everything
     return notes
 
 
@@ -321,10 +324,10 @@ def shuffle(patches: Tensor, permutation: Tensor) -> Tensor:
 
 def distant_permutations(most: int, n: int) -> Tensor:
     """(L, n), L <= most: greedily, the candidate whose least Hamming distance to those before it is
-    largest; candidates are all permutations of 0..n-1, or 10 000 of them."""
+    largest; candidates are all permutations of 0..n-1, from n = 8 on 10 000."""
     rng = np.random.default_rng(n)
-    candidates = permutations(range(n)) if n < 8 else (rng.permutation(n) for _ in range(10**4))
-    candidates = torch.tensor(np.array(list(candidates)))
+    candidates = torch.tensor(np.array(list(itertools.permutations(range(n))) if n < 8 else
+                                       [rng.permutation(n) for _ in range(10**4)]))
     chosen, distance = [], torch.full((len(candidates),), n)
     for _ in range(min(most, len(candidates))):
         chosen.append(distance.argmax().item())
@@ -341,7 +344,8 @@ def small_encoder(height: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(height, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
         nn.Conv1d(64, 64, 3, 2, padding=1), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Sequential(nn.Linear(128, 64), nn.ReLU()))
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(),
+        nn.Sequential(nn.Linear(128, 64), nn.ReLU()))  # [-1], the dense part: see embed()
 
 
 def alexnet_encoder(height: int) -> nn.Module:
@@ -365,10 +369,11 @@ NETWORKS = {  # encoder, E, width of the joint layer, dropout, seconds of a note
 
 
 class ContextFreeNetwork(nn.Module):
-    """One encoder for every patch by itself, then two layers for all patches together. Its outputs
-    are n scores, or the logits of up to `permutations` fixed ones, or `outputs` of any kind."""
+    """One encoder for every patch by itself, then two layers for all patches together. By default
+    it has n outputs, the scores; with `n_fixed` a logit for each of at most that many fixed
+    permutations; or any number of `outputs`."""
 
-    def __init__(self, network: str, bands: int, slices: int, permutations=0, outputs=0):
+    def __init__(self, network: str, bands: int, slices: int, n_fixed=0, outputs=0):
         super().__init__()
         encoder, E, width, dropout, self.seconds, self.averaged, self.layer = NETWORKS[network]
         self.grid, n = (bands, slices), bands * slices
@@ -376,22 +381,22 @@ class ContextFreeNetwork(nn.Module):
         # windows of 25 ms every 10 ms, 513 linear bins
         self.front_end = LogMel(SAMPLE_RATE, 1024, 160, win_length=400, floor=1e-5)
         self.encoder, self.joint = encoder(513 // bands), nn.Linear(n * E, width)
-        self.register_buffer("fixed", distant_permutations(permutations, n))  # (L, n), L = 0: any
+        self.register_buffer("fixed", distant_permutations(n_fixed, n))  # (L, n), L = 0: any
         self.output = nn.Sequential(nn.Dropout(dropout),
                                     nn.Linear(width, outputs or len(self.fixed) or n))
         if not outputs:
-            nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank: only mse can tell
+            nn.init.constant_(self.output[1].bias, (n + 1) / 2)  # the mean rank, for mse alone
 
     def patches(self, frames: Tensor) -> Tensor:
         """(B, F, T) of the front end -> (B, n, H, W), in order."""
         return cut(F.avg_pool1d(frames, self.averaged), *self.grid)
 
     def embed(self, patches: Tensor) -> dict[str, Tensor]:
-        """(B, n, H, W) -> {layer: (B, D)}: the "joint" layer; and all patches in order, each by the
-        encoder's "convolutions" alone, without its last, dense part, which keeps less of the pitch.
-        """
+        """(B, n, H, W) -> {layer: (B, D)}: the paper's "joint" layer; "convolutions", those of all
+        patches, without the encoder's dense part [-1], which keeps less of the pitch."""
         mean, sd = patches.mean((2, 3), keepdim=True), patches.std((2, 3), keepdim=True)
-        patches, B = (patches - mean) / (sd + 0.3), len(patches)  # order by loudness is no order
+        B = len(patches)
+        patches = (patches - mean) / (sd + 0.3)  # otherwise loudness gives the order away
         convolutions = self.encoder[:-1](patches.flatten(0, 1))  # (B n, .)
         features = self.encoder[-1](convolutions).view(B, -1)  # (B, n E)
         return {"convolutions": convolutions.view(B, -1), "joint": F.relu(self.joint(features))}
@@ -416,8 +421,8 @@ def soft_rank_loss(theta: Tensor, y: Tensor, epsilon: float) -> Tensor:
 
 
 def fenchel_young_loss(theta: Tensor, y: Tensor, sigma: float, noise="gaussian") -> Tensor:
-    """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020): its gradient, of one note, is
-    E[ranks(theta + sigma Z)] - y; (B, n), (B, n) -> (), mean over B; noise: gaussian or gumbel.
+    """Fenchel-Young loss of perturbed ranks (Berthet et al. 2020, arXiv:2002.08676). Its gradient
+    for one note is E[ranks(theta + sigma Z)] - y. (B, n), (B, n) -> (), mean over B.
 
     A rank counts the smaller scores, so L is a sum over pairs. With d = theta_i - theta_j:
     Gaussian Z, s = sqrt(2) sigma:  L = sum over y_i > y_j of  s phi(d/s) - d Phi(-d/s)
@@ -459,7 +464,7 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, ste
           workers: int, state: dict, shuffled=True):
     """Trains the model in place with loss_of(output, ranks 1..n, choice, family, pitch)."""
     load = partial(load_batch, arm=arm, notes=notes, seconds=model.seconds, fixed=model.fixed.cpu())
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # training() sets lr
     for (waveform, permutation, *labels), network, losses in training(
             arm, model, optimiser, steps, batch_size, load, workers, state):
         patches = model.patches(model.front_end(waveform))  # (B, n, H, W)
@@ -477,8 +482,8 @@ def train(arm: str, model: nn.Module, loss_of, notes: list, batch_size: int, ste
 
 
 def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dict:
-    """Of draws of notes that it was not trained on: the fraction of patches put in their place,
-    Kendall's tau, and the fraction of notes whose loss has no gradient (they may be in order)."""
+    """Scores on held-out notes, drawn and shuffled at random: the fraction of patches put in their
+    place, Kendall's tau, and the fraction of notes whose loss has no gradient (right or wrong)."""
     sign = lambda order: (order[:, :, None] - order[:, None]).sign()  # (B, n, n)
     load = partial(load_batch, 0, arm="pretext", notes=notes, seconds=model.seconds,
                    fixed=model.fixed.cpu())
@@ -499,15 +504,15 @@ def pretext_metrics(model: nn.Module, loss_of, notes: list, workers: int) -> dic
 
 @torch.no_grad()
 def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
-    """{name: (N, D)}, every Note read once: embeddings by the models {name: network}, and by their
-    joint layer, if that is not what they embed by; as "statistics" mean and deviation of the log
-    spectrum over time; as "chance" a constant."""
+    """{row: (N, D)} features of all notes, each read once: for every model {name: network} its
+    embedding and, if that is not the joint layer already, "joint layer of <name>"; "statistics",
+    mean and deviation of the log spectrum over time; "chance", a constant."""
     features = {}
     batches = [notes[i : i + 32] for i in range(0, len(notes), 32)]
-    some = next(iter(models.values()))  # all have the same front end, on the same device
-    load = partial(load_views, seconds=some.heard)
+    first = next(iter(models.values()))  # all have the same front end, on the same device
+    load = partial(load_views, seconds=first.heard)
     for i, waveform in enumerate(in_background(load, batches, workers, "embed")):
-        frames = some.front_end(waveform.to(some.fixed.device))  # (B, F, T)
+        frames = first.front_end(waveform.to(first.fixed.device))  # (B, F, T)
         new = {"chance": torch.zeros(len(waveform), 1),
                "statistics": torch.cat([frames.mean(2), frames.std(2)], 1)}
         layers = {name: m.eval().embed(m.patches(frames)) for name, m in models.items()}
@@ -523,7 +528,7 @@ def embed(models: dict, notes: list, workers: int) -> dict[str, Tensor]:
 
 def make_head(size: int, hidden: int, outputs: int) -> nn.Module:
     """The 3-layer MLP, (N, D) -> (N, outputs). Its batch norm, always in eval mode, standardises by
-    what fit_head() sets. Clipped: where labels are few, one outlier decides."""
+    the mean and variance that fit_head() sets; clipped, for with few labels one outlier decides."""
     return nn.Sequential(nn.BatchNorm1d(size, affine=False), nn.Hardtanh(-3, 3),
                          nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2),
                          nn.ReLU(), nn.Linear(hidden // 2, outputs)).eval()
@@ -543,11 +548,12 @@ def fit_head(x: Tensor, y: Tensor, hidden: int, outputs: int, error) -> nn.Modul
 
 
 def score(x: dict, labels: dict, count: int, hidden: int, n_instruments: int):
-    """MLPs (family_accuracy, instrument_accuracy, pitch_mse) and linear probes (family_linear,
-    pitch_accuracy, chroma_accuracy) from `count` notes of "train": these metrics of "unseen" and
-    "seen", the MLPs of family and pitch, and their error on "valid". x: {split: (N, D)}, labels:
-    {split: (N, 3)}."""
-    few, (family, instrument, pitch) = x["train"][:count], labels["train"][:count].T  # (N, D), (N,)
+    """Fits MLPs (family_accuracy, instrument_accuracy, pitch_mse) and linear probes (family_linear,
+    pitch_accuracy, chroma_accuracy) on the first `count` notes of "train". x: {split: (N, D)},
+    labels: {split: (N, 3)}. Returns {"unseen": metrics, "seen": metrics}, the MLPs of family and
+    pitch, and the sum of their errors on "valid"."""
+    few, few_labels = x["train"][:count], labels["train"][:count]  # (count, D), (count, 3)
+    family, instrument, pitch = few_labels.T
     class_error = partial(F.cross_entropy, label_smoothing=0.1)  # or it is too sure of its guesses
     family_head = fit_head(few, family, hidden, len(FAMILIES), class_error)
     pitch_head = fit_head(few, pitch, hidden, 1, pitch_error)
@@ -575,10 +581,13 @@ def score(x: dict, labels: dict, count: int, hidden: int, n_instruments: int):
 
 def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list, counts: list,
             hidden: int, workers: int, kept: dict) -> list[dict]:
-    """Scores networks beside the baselines: the rows of a seed. The best network goes to `kept`;
-    without labels the first, with its embeddings of 2000 notes at most."""
-    keep = lambda name, **more: kept.update(
-        more, arm=f"{name}, seed {seed}", size=(*models[name].grid, len(models[name].fixed)))
+    """Returns one seed's rows of the table: the scores of the networks and of the baselines. What
+    --predict needs of the best network goes to `kept`; without labels it is the first network, with
+    its embeddings of at most 2000 notes."""
+    def keep(name, **more):
+        size = *models[name].grid, len(models[name].fixed)
+        kept.update(more, arm=f"{name}, seed {seed}", size=size)
+
     if not counts:
         if not kept:
             name, known = next(iter(pretext)), sorted({*notes["valid"], *notes["unlabelled"]})
@@ -595,7 +604,7 @@ def compare(seed: int, models: dict, pretext: dict, notes: dict, labelled: list,
     # a supervised network is scored only with as many labels as it was trained with
     scored = [(count, name) for count in counts for name in x["train"]
               if name.endswith(f", {count} labels") or not name.endswith(" labels")]
-    for count, name in in_background(tuple, scored, 0, "score"):  # as they are; prints progress
+    for count, name in in_background(lambda pair: pair, scored, 0, "score"):  # prints progress
         row = name.removesuffix(f", {count} labels")
         torch.manual_seed(random_key("heads", seed))
         mine = {split: features[name] for split, features in x.items()}
@@ -624,8 +633,9 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
     grid = left.subplots(len(notes), 3, squeeze=False)
     for axes, *views in zip(grid, patches, shuffled, restored):
         for axis, view in zip(axes, views):
-            bands = [torch.cat([*band], 1) for band in view.unflatten(0, model.grid)]  # (H, T) each
-            axis.imshow(torch.cat(bands).cpu().numpy(), origin="lower", aspect="auto", cmap="magma")
+            rows_of_patches = view.unflatten(0, model.grid)  # (bands, slices, H, W)
+            image = torch.vstack([torch.hstack([*row]) for row in rows_of_patches])  # (F, T)
+            axis.imshow(image.cpu().numpy(), origin="lower", aspect="auto", cmap="magma")
             axis.set_axis_off()
     curves = {}  # {arm: {labelled notes: its row}}
     for row in rows:
@@ -655,7 +665,7 @@ def draw(path: Path, rows: list, model: nn.Module, title: str, notes: list):
 
 
 def new_network(network: str, grid: tuple, seed: int, device, loss="", outputs=0) -> nn.Module:
-    """An untrained network; of a seed all start from the same encoder and joint layer."""
+    """An untrained network: one seed and grid give all the same encoder and joint layer."""
     torch.manual_seed(random_key("weights", seed))
     fixed = FIXED_PERMUTATIONS if loss == "classification" else 0
     return ContextFreeNetwork(network, *grid, fixed, outputs).to(device)
@@ -669,17 +679,17 @@ def load_kept(state: dict, device) -> nn.Module:
 
 
 def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
-    """Prints family and pitch of files; if no note had labels, the notes that are most alike."""
+    """Prints family and pitch of files or, trained without labels, the notes most like them."""
     state = load_checkpoint(checkpoint, VERSION)
     kept, labelled = state["kept"], "heads" in state["kept"]
     if not kept:
         die(f"{checkpoint}: nothing is scored yet; go on with --resume")
     print(f"model  {kept['arm']}, " + ("the best trained without labels" if labelled else
-                                       "for there were no labels: the notes that are most alike"))
+                                       "the first; there were no labels: the most similar notes"))
     model, trained, notes = load_kept(state, device), state["args"], []
     for path, seconds in scan_audio(files, SAMPLE_RATE, 0.25, workers).items():
         if load_view(path, 0.0, model.heard).abs().max() < 1e-5:
-            print(f"skip   {path}: silent in its first {model.heard:g} s, which are what is heard")
+            print(f"skip   {path}: silent in its first {model.heard:g} s, and only these are used")
         else:
             notes.append(Note(path, seconds))
     if not notes:
@@ -703,8 +713,8 @@ def predict(files: list, checkpoint: Path, device: torch.device, workers: int):
 
 
 def transfer(data: Path, out: Path, label_counts: list, device: torch.device, workers: int):
-    """Scores the encoders of a checkpoint, which learn nothing more, on the labelled notes below
-    another folder, beside random ones; writes transfer.json."""
+    """Scores a checkpoint's encoders, unchanged, on the labelled notes below another folder, beside
+    random ones; writes transfer.json."""
     began, state, table = time.time(), load_checkpoint(out / "checkpoint.pt", VERSION), []
     trained = argparse.Namespace(**state["args"])
     if len(state["rows"]) < len(trained.seed):
@@ -751,7 +761,7 @@ def main(args: argparse.Namespace):
     everything = notes["train"] + notes["unlabelled"]
     for seed in args.seed[len(rows) :]:
         labelled, counts = deal(notes["train"], seed, args.label_counts)
-        # arms of all seeds: the counts of labels are alike in each
+        # of all seeds, for all have these counts
         state["planned"] = len(args.seed) * len(args.bands) * (len(counts) + len(args.losses))
         models, pretext = {}, {}
         for grid in zip(args.bands, args.slices):

@@ -10,16 +10,18 @@ Measured, Accuracy 1 / 2, 3 seeds          demo: 400 generated clips      102 re
   periodicity, no labels, songs left out   .888 / .987                    .823 / .936
   the same, untrained                      .242 / .275                    .211 / .243
   autocorrelation, the same songs          .775 / .938                    .620 / .796
-  a head on its h, on an untrained one's   .878 / .978, .815 / .943       .676 / .899, .549 / .801
-  the same of the paper's TCN              .141 / .169, .215 / .243       .141 / .209, .144 / .186
-(the demo on two cores: 461 s for its three seeds). The TCN's z of bare clicks is the tempo times a
-constant; of music it follows the stretch, as onset density does, and not the tempo.
+  a head with labels on its frozen h       .878 / .978                    .676 / .899
+  the same head on an untrained h          .815 / .943                    .549 / .801
+  the paper's TCN: head on its frozen h    .141 / .169                    .141 / .209
+  the paper's TCN: head on an untrained h  .215 / .243                    .144 / .186
+The demo takes 461 s on two cores for its three seeds. Trained on bare clicks, the TCN's z is the
+tempo times a constant; on music z follows the stretch, as onset density does, but not the tempo.
 
     python tempo_equivariant.py                        demo: makes its own music
     python tempo_equivariant.py --data ./gtzan         your recordings
     python tempo_equivariant.py --predict song.mp3     the tempo of a file
 
-Differences from the paper (in brackets its released code, for its body could not be had)
+Differences from the paper (in brackets: its released code, as its full text could not be obtained)
 - Views are cropped out of more audio (padded: the silent tail gives the rate away).
 - Stretch rates are log-uniform from 0.71 to 1.41 (uniform, 0.8 to 1.2): wide steps show more of z.
 - WSOLA is batched, with the constants of SoX for slowing down; it is the TCN's only augmentation,
@@ -30,12 +32,12 @@ Differences from the paper (in brackets its released code, for its body could no
 - Both views in one forward pass: the batch norm of the input sees both.
 - AdamW (weight decay 1e-4), one cycle, gradients clipped to 1 (Adam, constant rate): z_j near 0 is
   a pole of the ratio.
-- Targets of the 300 classes are bumps of 2 % (one-hot), above 299 BPM at 299 (class 0). The head is
-  fitted to a frozen encoder by L-BFGS (all weights are trained, though called frozen: our row
-  "fine-tuned", for which the demo has no time). Encoders trained with labels see stretched views.
-- Windows of whole files are longer than views (as long), overlap and reach the end (side by side,
-  the rest is dropped). The tempo is the arg max of their mean (the slower of the two best classes:
-  half of it wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
+- Targets of the 300 classes are bumps of 2 % (one-hot); tempi above 299 BPM count as 299 (as class
+  0). The head is fitted to a frozen encoder by L-BFGS (it trains all weights, though it calls the
+  encoder frozen: our row "fine-tuned", not in the demo). Labelled training sees stretched views.
+- A file is read in windows longer than a view, overlapping, up to its end (as long as a view, side
+  by side, the rest dropped). Its tempo is the arg max of their mean (the slower of the two best
+  classes, hence half the tempo wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
 - Ours beside it: the periodicity encoder on flux views, and the label-free read-out by one constant
   from drum loops, its octave and a prior about 120 BPM.
 
@@ -73,8 +75,8 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "steps": (250, 800, 6460, "optimiser steps of every trained arm"),
     "batch_size": (16, 16, 32, "pairs of views in a step"),
     "lr": (2e-3, 3e-3, 1e-3, "peak learning rate of one cycle (paper: constant)"),
-    "view_seconds": (8.0, 9.6, 13.6, "length of a view"),
-    "left_out_folds": (1, 2, 2, "folds of songs, of 5, that are left out of training in turn"),
+    "view_seconds": (8.0, 9.6, 13.6, "seconds in a view"),
+    "left_out_folds": (1, 2, 2, "how many of 5 folds of songs are left out of training in turn"),
     "fine_tune": (False, True, True, "a row for SSL and then labels (the demo has no time)"),
     "max_stretch": (1.41, 1.41, 1.25, "largest stretch rate a, smallest 1/a (paper: 0.8 to 1.2)"),
     "tcn_bands": (20, 20, 81, "mel bands of the tcn's input"),
@@ -182,13 +184,13 @@ def make_track(bpm: float, seconds: float, rng, sample_rate: int) -> np.ndarray:
         (0.6, rng.choice([eighths, eighths * maybe(0.6), np.maximum(beat, maybe(0.3))]),
          lambda root: lead(root + 24 + rng.choice(scale)))]
     if rng.random() < 0.15:  # no drums, but all the others
-        parts = [(1, *part) for _, *part in parts[3:]]
+        parts = [(1, pattern, sound) for _, pattern, sound in parts[3:]]
     parts = [(10 ** rng.uniform(-0.7, 0) * accent * pattern, sound) for p, pattern, sound in parts
              if rng.random() < p]
     swing = rng.choice([0, 0, 0, 0, 0.15, 0.3]) * (ticks == 4)  # of every other tick, in ticks
     jitter, skip = rng.uniform(0, 0.008), rng.uniform(0, 0.08)  # seconds, probability
     start = rng.integers(4 * bar) + rng.random()  # the clip is cut out of a longer piece
-    waveform = np.zeros(int(sample_rate * (seconds + 4)))  # from 1 s before, whose notes ring on
+    waveform = np.zeros(int(sample_rate * (seconds + 4)))  # begins 1 s early: notes ring on
     for k in range(int(start - 1 / tick), int(start + seconds / tick) + 1):
         for loudness, sound in parts:
             if loudness[k % (2 * bar)] > 0 and rng.random() > skip:
@@ -240,7 +242,7 @@ def read_truth(path: Path) -> list[tuple]:
     data, kind = path.read_bytes(), path.suffix.lower()  # in UTF-8, or a UTF-16 of Windows
     text = data.decode(json.detect_encoding(data), "replace").lstrip("\r\n")
     gap = lambda times: np.median(np.diff(np.array(times, float))) if times[1:] else 0
-    beat_tempo = lambda times: 60 / gap(times) if gap(times) else 0
+    beat_tempo = lambda times: 60 / (gap(times) or math.inf)  # 0: not known
     if kind == ".bpm":  # the first token
         return [(path.name, (text.split() or [""])[0], "")]
     if kind == ".beats":  # lines of time<TAB>position
@@ -339,7 +341,7 @@ def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, m
     then of the second; (2B,) BPM of these views, nan where unknown."""
     waveform = torch.zeros(len(items), round(seconds * sample_rate))  # (B, S)
     bpm, rates = [], []
-    for row, item in zip(waveform, items):  # the draws of each are its own, whoever reads it
+    for row, item in zip(waveform, items):  # a seed per item: the same draws on any thread or rank
         rng = np.random.default_rng(random_key(arm, step, item))
         clip = clips[rng.integers(len(clips))]
         start = rng.uniform(0, max(0, clip.seconds - seconds))
@@ -360,8 +362,8 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     """Waveform-similarity overlap-add: waveforms at tempi of their own, pitch kept, all at once.
 
     Verhelst & Roelands 1993 with the constants that SoX's `tempo -m` has for slowing down: segments
-    of 82 ms overlap by a seventh; each is taken, up to a sixth of a segment behind where the rate
-    wants it, there where it continues the last one best (least squares, at about 5.5 kHz).
+    of 82 ms overlap by a seventh; each begins where the rate wants it or up to a sixth of a segment
+    later, wherever it best continues the one before (least squares, at about 5.5 kHz).
 
     Args:
         waveform: (B, S), S >= samples * rate + 0.2 s. rate: (V,) up to 1.48, V a multiple of B:
@@ -372,7 +374,7 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
     source = torch.arange(len(rate), device=rate.device) % len(waveform)  # (V,) the clip of a view
     coarse = round(sample_rate / 5500)
     low = waveform.unfold(1, coarse, coarse).mean(2)  # (B, S / coarse): for the search
-    segment = round(0.082 * sample_rate / coarse)  # lengths in samples of `low`, up to `starts`
+    segment = round(0.082 * sample_rate / coarse)  # all lengths in samples of `low`
     overlap, search = segment // 7, segment // 6
     hop = segment - overlap
     numbers = torch.arange(math.ceil(samples / coarse / hop) + 1, device=rate.device)
@@ -384,11 +386,12 @@ def wsola(waveform: Tensor, rate: Tensor, sample_rate: int, samples: int) -> Ten
         candidates = strips[source[:, None], wanted[:, k, None] + offsets]  # (V, search, overlap)
         distance = (candidates - ending[:, None]).square_().sum(2)  # (V, search)
         starts.append(wanted[:, k] + distance.argmin(1))
-    segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse  # in the waveform
+    # from here on all lengths in samples of `waveform`
+    segment, overlap, hop = segment * coarse, overlap * coarse, hop * coarse
     starts = torch.stack(starts, 1) * coarse  # (V, M)
     pieces = waveform.unfold(1, segment, 1)[source[:, None], starts]  # (V, M, segment)
     fade_in = (torch.arange(overlap, device=rate.device) + 0.5) / overlap
-    pieces[:, 1:, :overlap] *= fade_in  # the beginning of the first is cropped
+    pieces[:, 1:, :overlap] *= fade_in  # not the first: its overlap is cropped below
     pieces[:, 1:, :overlap] += (1 - fade_in) * pieces[:, :-1, hop:]
     return pieces[:, :, :hop].flatten(1)[:, overlap : overlap + samples]
 
@@ -403,7 +406,7 @@ def read_at(values: Tensor, at: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # Model. Letters: B views, F mel bands, T frames, C channels, K = 145 bins of BPM_AXIS.
 # An encoder has sample_rate and seconds (of a view), views(), embed() -> h, forward() -> z for the
-# loss; pseudo_tempo(), the value of h that a constant makes BPM, and scores() for the read-out.
+# loss; for the read-out pseudo_tempo(), from h the tempo up to one constant, and scores() per BPM.
 
 
 class ResidualBlock(nn.Module):
@@ -479,11 +482,11 @@ class TCN(nn.Module):
 
 
 class Periodicity(nn.Module):
-    """Ours: periods on an axis of log tempo, where a stretch is a shift, not a mean over time.
+    """Ours: in place of a mean over time, periods on an axis of log tempo: a stretch is a shift.
 
-    A small TCN makes eight activations. Their autocorrelation answers at the periods P, 2P, 3P ...,
-    their spectrum at P, P/2, P/3 ...; the product leaves P. Two convolutions along log tempo, alike
-    for all tempi, give logits h; z is the mean tempo of their softmax: positive, without a pole.
+    A small TCN makes eight activations. Their autocorrelation peaks at the periods P, 2P, 3P ...,
+    their spectrum at P, P/2, P/3 ...; the product leaves P. Two convolutions along log tempo, the
+    same at every tempo, give logits h; z is the mean tempo of their softmax: always positive.
     """
 
     def __init__(self, sample_rate: int, n_fft: int, seconds: float):
@@ -504,8 +507,8 @@ class Periodicity(nn.Module):
         if rate is not None:
             x, rate = x.repeat(2, 1, 1), rate[:, None]
             steps = torch.arange(round(self.seconds * 50), device=rate.device)
-            slack = x.shape[2] - 7 - rate * steps[-1]  # views start anywhere, not aligned
-            at = 3 + torch.rand_like(rate) * slack.clamp(min=0) + rate * steps  # (2B, T + 1)
+            slack = x.shape[2] - 7 - rate * steps[-1]  # 3 frames at either end are for the blur
+            at = 3 + torch.rand_like(rate) * slack + rate * steps  # (2B, T + 1)
             blur = torch.empty_like(rate).uniform_(math.log(0.35), math.log(2.5)).exp()  # in frames
             now, before, after = (read_at(x, (at + b)[:, None]) for b in (0, -blur, blur))
             x = 0.5 * now + 0.25 * (before + after)  # (2B, F, T + 1)
@@ -535,7 +538,7 @@ class Periodicity(nn.Module):
 
     def scores(self, h: Tensor, calibration: float) -> Tensor:
         """h (B, 97) -> (B, K): at b BPM the probability of pseudo-tempo b / calibration, at
-        temperature 4 (the loss lets h be too sure of an octave; the prior shall have a say)."""
+        temperature 4 (trained h is too sure of its octave to leave the prior a say)."""
         at = 24 * torch.log2(self.axis / calibration / self.axis[24])  # (K,) positions in h
         return read_at((h / 4).softmax(1), at.clamp(0, 96)) * ((at >= 0) & (at <= 96))
 
@@ -591,7 +594,7 @@ def train(arm: str, model: nn.Module, clips: list, steps: int, batch_size: int, 
     load = partial(load_batch, clips=clips, arm=arm, max_stretch=max_stretch,
                    seconds=encoder.seconds * max_stretch + 0.2, sample_rate=encoder.sample_rate)
     monitor = None if labelled else partial(describe, history)  # of z
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # training() sets lr
     for (waveform, rate, bpm), network, losses in training(
             arm, model, optimiser, steps, batch_size, load, workers, state, monitor):
         output = network(encoder.views(waveform, rate))  # z (2B,) or logits (2B, 300)
@@ -613,8 +616,8 @@ def describe(history: deque) -> str:
     z, rate, bpm = (torch.stack(part, 1).flatten().cpu() for part in zip(*history))  # (2B * steps,)
     z_i, z_j, a_i, a_j = *z.chunk(2), *rate.chunk(2)  # of the first views, of the second
     loss, constant = tempo_ratio_loss(z_i, z_j, a_i, a_j), tempo_ratio_loss(z_i, z_i, a_i, a_j)
-    r = (a_i / a_j).log()
-    slope = ((z_i / z_j).abs().log() * r).sum() / r.square().sum()
+    stretch = (a_i / a_j).log()
+    slope = ((z_i / z_j).abs().log() * stretch).sum() / stretch.square().sum()
     text = f"ratio loss {loss:.4f} (constant z {constant:.4f}) mean |z| {z.abs().mean():.3g}"
     tracks = torch.stack([z.abs() / rate, bpm / rate])  # without the stretch, which both have
     tracks = tracks[:, ~bpm.isnan()].log()
@@ -641,7 +644,7 @@ def load_windows(path: str, sample_rate: int) -> Tensor:
     """A whole file in overlapping windows of 13.6 s: (windows, S); one if it is shorter."""
     waveform, size = read_audio(path, sample_rate), round(WINDOW_SECONDS * sample_rate)
     last = max(0, len(waveform) - size)  # where the last begins
-    hops = max(round(2 * last / size), min(1, last))  # of about half a window; 0 if one is enough
+    hops = max(round(2 * last / size), int(last > 0))  # of about half a window, none if last is 0
     starts = np.linspace(0, last, 1 + hops).astype(int)
     return torch.stack([waveform[s : s + size] for s in starts])
 
@@ -689,18 +692,18 @@ def head_tempi(h: Tensor, clip: Tensor, bpm: np.ndarray, folds: np.ndarray, test
 
 @torch.no_grad()
 def calibrate(model: nn.Module, h: Tensor) -> float:
-    """c of BPM = c * pseudo-tempo, without labels: from twelve drum loops (of bare clicks now and
-    then 4/3 was heard), in the octave that brings the median of all windows, h (N, D), nearest to
-    PRIOR_BPM."""
+    """c of BPM = c * pseudo-tempo, without labels. Twelve drum loops give it up to a factor of 2^k
+    (bare clicks were now and then heard at 4/3 of their tempo); k brings the median over all
+    windows, h (N, D), nearest to PRIOR_BPM."""
     device, sample_rate = next(model.parameters()).device, model.sample_rate
     rng, tempi = np.random.default_rng(0), np.geomspace(60, 170, 12)
     tracks = 1e-3 * rng.standard_normal((12, 14 * sample_rate))
     for track, bpm in zip(tracks, tempi):
         kick, snare, hat = (drum(kind, rng, sample_rate) for kind in ("kick", "snare", "hat"))
-        bar = [0.7 * kick + 0.3 * hat, 0.3 * hat, 0.5 * snare + 0.3 * hat, 0.3 * hat]
+        bar = [0.7 * kick, 0, 0.5 * snare, 0]  # on eighths, over a hat on each
         for eighth in range(int(WINDOW_SECONDS * bpm / 30)):
             start = int(eighth * 30 / bpm * sample_rate)
-            track[start : start + len(hat)] += bar[eighth % 4]
+            track[start : start + len(hat)] += 0.3 * hat + bar[eighth % 4]
     tracks = torch.tensor(tracks, dtype=torch.float32, device=device)
     pseudo = model.pseudo_tempo(model.eval().embed(model.views(tracks)))  # (12,)
     octaves = np.log2(tempi / pseudo.cpu().numpy())  # log2 c by each track, up to whole octaves
@@ -712,9 +715,9 @@ def calibrate(model: nn.Module, h: Tensor) -> float:
 
 
 def pick_tempo(scores: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n, K) scores on BPM_AXIS, times the prior -> (n,) BPM of the peak, read between bins off a
-    parabola through three logarithms; (n,) BPM of the best peak over 0.3 octaves from it, or bin if
-    there is no peak; (n,) share of the first peak's three bins in the sum: the confidence."""
+    """(n, K) scores on BPM_AXIS, multiplied by the prior -> (n,) BPM of the highest bin, refined by
+    a parabola through the logarithms of three bins; (n,) second BPM: the best peak (if none, bin)
+    more than 0.3 octaves away; (n,) confidence: the share of those three bins in the whole."""
     prior = torch.exp(-0.5 * (torch.log2(BPM_AXIS / PRIOR_BPM) / PRIOR_OCTAVES) ** 2)
     p = scores.double() * prior + 1e-12
     p = p / p.sum(1, keepdim=True)
@@ -761,9 +764,11 @@ def best_constant(bpm: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 def compare(name: str, seed: int, clips: list, build, train_arm, kept: dict, leave_out: list,
             fine_tune: bool, workers: int) -> tuple[dict, dict]:
-    """{row: (n,) BPM, nan where it has none} of an encoder and seed, and the tempi to draw. Of the
-    SSL encoders, one for each of `leave_out`, the first is probed, fine-tuned, drawn, and kept if
-    no seed's is yet. The random one is calibrated on all songs."""
+    """Runs all arms of an encoder and seed: {row: (n,) BPM, nan where it has none}; tempi to draw.
+
+    An SSL encoder is trained for each fold in `leave_out` (-1: on all songs). The first is probed,
+    fine-tuned, drawn and, for the first seed, kept for --predict. The random encoder's label-free
+    constant comes from all songs."""
     arm, paths = f"{name} seed {seed}", [clip.path for clip in clips]
     bpm, folds = np.array([clip.bpm for clip in clips]), song_folds(clips, seed)
     known, left_out, rows = ~np.isnan(bpm), np.full(len(clips), np.nan), {}
@@ -862,7 +867,7 @@ def draw(path: Path, name: str, figure: dict, responses: dict):
 
 def make_encoder(name: str, sample_rate: int, n_fft: int, view_seconds: float, tcn_bands: int,
                  tcn_frame_rate: int, **_) -> nn.Module:
-    """The encoder of that name, out of a run's arguments, of which there are more (_)."""
+    """The encoder of that name; takes all arguments of a run and ignores the others (_)."""
     more = (tcn_bands, tcn_frame_rate) if name == "tcn" else ()
     return ENCODERS[name](sample_rate, n_fft, view_seconds, *more)
 
@@ -899,7 +904,8 @@ def main(args: argparse.Namespace):
         return predict(args.predict, args.data, args.out, device, args.workers)
     state = open_run(vars(args), VERSION)
     args = argparse.Namespace(**state["args"])  # on --resume those of its start
-    out, folder = Path(args.out), Path(args.data or Path(args.out, "audio"))
+    out = Path(args.out)
+    folder = Path(args.data or out / "audio")
     min_seconds = args.view_seconds * args.max_stretch + 0.2
     if not args.data and rank_and_size()[0] == 0:
         make_demo(folder, args.sample_rate, max(16, math.ceil(min_seconds)), args.workers)
