@@ -531,6 +531,18 @@ def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatc
     assert heard == {"nsynth-train"} and 1000 < len(notes["valid"]) <= 2000
 
 
+@pytest.mark.parametrize(
+    "count, held_out, trained_on", [(1, 1, 1), (25, 3, 22), (30000, 1500, 27000)])
+def test_a_tenth_of_unlabelled_notes_but_no_more_than_2000_is_held_out(
+        tmp_path, monkeypatch, count, held_out, trained_on):
+    paths = [tmp_path / f"{k}.wav" for k in range(count)]
+    monkeypatch.setattr(P, "find_audio", lambda folder, suffixes=None: [] if suffixes else paths)
+    monkeypatch.setattr(P, "scan_audio", lambda paths, *_: dict.fromkeys(paths, 4.0))
+    notes = P.load_notes(tmp_path, 0)
+    assert (len(notes["valid"]), len(notes["unlabelled"])) == (held_out, trained_on)
+    assert count == 1 or set(notes["valid"]).isdisjoint(notes["unlabelled"])
+
+
 def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
     finished, folder, tmp_path
 ):
