@@ -20,8 +20,8 @@ generative row beats its contrastive one.
 Differences from the paper, of which we had the abstract, a talk and one slide (supervised 71.3 %,
 generative 60.1 %, contrastive 55.6 %, data not named); the sizes in `paper` are of similar work.
 - The VGG-like encoder (after Fonseca 2021) ends in pooling over time alone: better on ESC-10.
-- Views: "sound" alone (.881 on fold 1 of ESC-10, two seeds, all by a weight decay of .01; "image"
-  .794, "sound image" .887, half a clip more); cropped from one excerpt of 2.5 s; no reverberation.
+- Views: "sound" alone (.881 on fold 1 of ESC-10, two seeds, weight decay .01; "image" .794, "sound
+  image" .887, half a clip more); both are cropped from one excerpt of 2.5 s; no reverberation.
 - A sequence is one excerpt, not packed: no attention across clips. An excerpt of a clip that is
   short, or filled up with zeros, repeats what there is.
 - demo: half of a clip's mean spectrum is taken away, or the codes tell rooms apart, not sounds.
@@ -74,7 +74,7 @@ HYPER_PARAMETERS = {  # name: (demo, data, paper, meaning)
     "hop_length": (320, 320, 160, "samples at 16 kHz from frame to frame; a slice is two frames"),
     "width": (16, 16, 32, "channels of the encoder's first convolutions"),
     "flatten": (0.5, 0.0, 0.0, "share of a clip's mean spectrum taken from its slices"),
-    "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "slices for k-means, about; its restarts"),
+    "dictionary": ((40000, 1), (40000, 1), (2000000, 5), "k-means: slices, about; its restarts"),
 }
 LIMITS = {"steps": (2, 10**8), "batch_size": (2, 10**5), "sequences": (1, 10**5), "lr": (1e-9, 10),
           "temperature": (1e-3, 100), "codes": (2, 32767), "folds": (1, 5), "workers": (0, 64),
@@ -143,7 +143,7 @@ def write_sound(number: int, folder: Path):
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     noise, pitch, pace = rng.normal(size=len(t)), 250 * 10 ** rng.random(), rng.uniform(2, 6)
     tone = lambda hertz: np.sin(2 * np.pi * np.cumsum(hertz + 0 * t) / SAMPLE_RATE)
-    since = lambda pace: (pace * t + rng.random()) % 1 / pace  # seconds since the last stroke
+    since = lambda rate: (rate * t + rng.random()) % 1 / rate  # seconds since the last stroke
     strike, slow = since(pace), since(pace / 4)
     partials = rng.uniform(0.97, 1.03, 5) * (1, 2, 2.4, 3, 4.5)
     sound = {
@@ -155,8 +155,8 @@ def write_sound(number: int, folder: Path):
         "rain": noise * (rng.random(len(t)) < 10 ** rng.uniform(-2, -0.5)),
         "siren": tone(pitch * 2 ** (0.5 * np.sin(2 * np.pi * pace / 4 * slow))),
         "whistle": tone(pitch * (1 - rng.random() / 3 * np.exp(-t / 0.15)))}[kind]
-    kilohertz = np.linspace(1, 9, len(t) // 2 + 1)  # of each bin, and 1
-    colour = sum(rng.normal() * np.sin(kilohertz * k / 3 + 6 * rng.random()) for k in range(5))
+    frequency = np.linspace(1, 9, len(t) // 2 + 1)  # of each bin, in kHz, and 1
+    colour = sum(rng.normal() * np.sin(frequency * k / 3 + 6 * rng.random()) for k in range(5))
     sound = np.fft.irfft(np.fft.rfft(sound) * np.exp(0.8 * colour), len(t))
     sound = sound / sound.std() + 10 ** rng.uniform(-1.1, 0) * rng.normal(size=len(t))
     sound *= 0.1 * 10 ** rng.uniform(-1.5, 0)
@@ -182,7 +182,7 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         return whole
 
     stems = {path.stem: path for path in paths}
-    find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # scan_audio names it
+    find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # or it is skipped
     try:
         if "esc50.csv" in tables:
             return f"ESC-50, official folds of {tables['esc50.csv']}", {
@@ -193,7 +193,7 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
             return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", {
                 find(row["fname"]): (row["labels"].split(","), parts[row.get("split")])
                 for name in ("dev.csv", "eval.csv") for row in read(name)}
-    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (KeyError, OSError, UnicodeDecodeError, csv.Error) as error:
         die(f"--data {folder}: not the data set's csv: {type(error).__name__} {error}")
     part_of = {name: part for part in ("train", "valid", "test")
                for name in getattr(gtzan, f"filtered_{part}")}
@@ -202,7 +202,8 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
              if name in part_of}  # such as blues.00000
     if len(songs) > 0.8 * len(paths):
         return "GTZAN, fault-filtered split", songs
-    return "class folders, stratified folds", {path: ([path.parent.name], "") for path in paths}
+    return "class folders, stratified folds", {
+        path: ([path.absolute().parent.name], "") for path in paths}
 
 
 def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
@@ -220,16 +221,17 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     for i in np.random.default_rng(0).permutation(len(rows)):
         path, (names, part) = listed[i]
         names = [name for name in names if name not in single] if scored else []
-        stratum = names[0] if names else ""  # dealt into five folds in turn, unusable files too:
-        dealt[stratum] += 1  # where one is mended, the other clips stay in their folds
+        # files of a class go to the five folds in turn; unusable ones count, so that mending one
+        stratum = names[0] if names else ""  # moves no other clip to another fold
+        dealt[stratum] += 1
         if path in usable and (names or not scored):
-            part = part or str(dealt[stratum] % 5 + 1)
-            clips.append((str(path), usable[path], names, part))
+            clips.append((str(path), usable[path], names, part or str(dealt[stratum] % 5 + 1)))
     for name in single if scored else ():
         print(f"skip   class {name}: one clip is too few to learn from and to test")
     counts = dict(sorted(Counter(part for *_, part in clips).items()))
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
-        die(f"--data {folder}: {len(clips)} clips, by part {counts}; 8 in 3 parts are needed")
+        die(f"--data {folder}: {len(clips)} clips, by part {counts}; expected at least 8, in class "
+            "folders or as ESC-50, FSD50K or GTZAN, that make 3 folds or train, valid and test")
     print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
           f"{len(set(paths) - set(rows))} files are not in it")
     return sorted(clips)
@@ -243,12 +245,13 @@ def load_batch(step: int, clips: list, targets: Tensor, arm: str, items: range,
     chosen, waveforms = [order[item % len(clips)] for item in items], []
     samples = round(excerpt * SAMPLE_RATE)
     for item, i in zip(items, chosen):
-        rng, (path, seconds, *_) = np.random.default_rng(random_key(arm, step, item)), clips[i]
+        path, seconds, *_ = clips[i]
+        rng = np.random.default_rng(random_key(arm, step, item))
         starts = rng.uniform(0, max(0.0, seconds - excerpt), 3)
-        for start in (*starts, 0.0):  # the next if there are only the zeros that fill up a clip
+        for start in (*starts, 0.0):  # some clips are padded with zeros: try until there is sound
             waveform = read_audio(path, SAMPLE_RATE, start, excerpt)
             sounding = (waveform.abs() > 1e-4).nonzero()  # (n, 1), which samples
-            if len(sounding):  # and without such zeros at its end, but no shorter than a view
+            if len(sounding):  # cut the zeros at the end, but leave at least the length of a view
                 waveform = waveform[: max(WINDOW, sounding[-1].item() + 1)]
                 break
         waveforms.append(waveform.repeat(math.ceil(samples / len(waveform)))[:samples])
@@ -332,8 +335,8 @@ class Encoder(nn.Module):
 
 class Tokenizer(nn.Module):
     """Codes of a spectrogram: an autoencoder of slices, and a dictionary of what it makes of them.
-    From slices a share, `flatten`, of the input's mean spectrum (an excerpt's in training, then a
-    clip's) is taken away: the room, which would take up the codes."""
+    First the share `flatten` of the input's mean spectrum (an excerpt's in training, later a
+    clip's) is subtracted: it tells rooms apart, not sounds, and would take up the codes."""
 
     def __init__(self, codes: int, flatten: float):
         super().__init__()
@@ -480,7 +483,7 @@ def next_code_loss(network, codes: Tensor) -> Tensor:
 def train(arm: str, model: nn.Module, loss_of, load, batch_size: int, steps: int, lr: float,
           workers: int, state: dict):
     """Trains the model in place by loss_of(network, *batch) on batches load(step, arm, items)."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # on one cycle
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)  # training() sets lr
     for batch, network, losses in training(arm, model, optimiser, steps, batch_size,
                                            partial(load, arm=arm), workers, state):
         loss = loss_of(network, *batch)
@@ -513,7 +516,8 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
     front, tokenizer, code_model = models["front"], models["tokenizer"], models["code_model"]
     load = partial(load_batch, clips=clips, targets=targets)
     x = front(load(0, arm=f"{key} front", items=range(256))[0].to(front.mean.device))
-    front.mean.copy_(x.mean()), front.sd.copy_(x.std())
+    front.mean.copy_(x.mean())
+    front.sd.copy_(x.std())
     view = partial(make_views, front=front, families=families)
 
     def contrastive_loss(network, waveform, _):
@@ -545,7 +549,7 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
         load, train_arm = partial(load, excerpt=excerpt), partial(train_arm, batch_size=sequences)
         train_arm(f"{key} autoencoder", tokenizer, reconstruction_loss, load)
         slices, restarts = dictionary
-        # at most 4 excerpts of a clip in the mean, then rounded up to whole batches
+        # batches of 64 excerpts: `slices` slices, but on average at most 4 excerpts of a clip
         count = math.ceil(min(slices / code_model.context, 4 * len(clips)) / 64)
         load_64 = partial(load, arm=f"{key} dictionary", items=range(64))
         batches = in_background(load_64, range(count), workers)
@@ -561,8 +565,9 @@ def pretrain(key: str, models: nn.ModuleDict, labelled: nn.ModuleDict, clips: li
 @torch.no_grad()
 def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
           workers: int) -> tuple[list[dict], list[Tensor]]:
-    """For each variant of the models {name: (N, D)}: statistics of a whole clip, and of the states
-    that networks have in windows that overlap by half; and the codes of each clip."""
+    """For each variant of the models {name: (N, D)}: statistics of whole clips, and of what its
+    encoder ("contrastive", however trained) and Transformer ("generative ...") give in windows
+    that overlap by half. Then the codes of each clip, [(L,)]."""
     found, codes_of, size = [[] for _ in variants], [], len(tokenizer.centroids)
     nn.ModuleList(variants).eval()
     frames = front.frames  # of a window; it has half as many codes
@@ -575,10 +580,10 @@ def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
         codes_of.append(codes.cpu())
         for models, rows in zip(variants, found):
             h = torch.cat([models["encoder"](part) for part in windows.split(256)]).mean(0)
-            # windows as long, but whole codes apart: at times 24 frames for 25, and so one more
+            # as long, but whole codes apart (12, where 25 frames are 12.5): long clips have more
             parts = codes.unfold(0, frames // 2, frames // 4).split(256)  # of (n, frames / 2)
-            layers = zip(*map(models["code_model"].states, parts))
-            *lower, last = [torch.cat(x)[:, 1:] for x in layers]  # (n, frames / 2, D) each
+            states = [models["code_model"].states(part) for part in parts]  # [part][block]
+            *lower, last = [torch.cat(x)[:, 1:] for x in zip(*states)]  # (n, frames / 2, D) each
             mean_sd = torch.cat([last.mean((0, 1)), last.std((0, 1))])
             new = {"mel statistics": torch.cat([log_mel[0].mean(1), log_mel[0].std(1)]),
                    "code histogram": codes.bincount(minlength=size) / len(codes),
@@ -591,10 +596,9 @@ def embed(front: FrontEnd, tokenizer: Tokenizer, variants: list, paths: list,
 
 
 def fit_probe(x: Tensor, targets: Tensor, fit: Tensor, valid: Tensor, sizes=(1.0,)):
-    """Linear(D, C) from features (N, D) to targets (N, C), and its loss on the clips of `valid`:
-    fitted to those of `fit` by some weight decays, with what lies beyond the encoder's features at
-    some sizes, then as was best to both. fit and valid: masks (N,).
-    """
+    """Linear(D, C) from features (N, D) to targets (N, C), and its loss on the `valid` clips: each
+    weight decay, with the columns after the first EMBEDDING at each of `sizes`, is fitted to the
+    clips of `fit`; the best on `valid` is fitted again, to both. fit, valid: masks (N,)."""
     def probe(use, decay, size):
         """Fitted to the clips of one mask."""
         scale = torch.ones(x.shape[1])
@@ -614,8 +618,8 @@ def score(logits: Tensor, targets: Tensor) -> dict:
     hit = truth.gather(1, logits.argmax(1, keepdim=True)).float().mean().item()
     if (truth.sum(1) == 1).all():
         return {"accuracy": hit, "clips": len(truth)}
-    tossed = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))  # equal scores
-    order = tossed[logits.log_softmax(1)[tossed].argsort(stable=True, dim=0, descending=True)]
+    shuffled = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))  # for ties
+    order = shuffled[logits.log_softmax(1)[shuffled].argsort(stable=True, dim=0, descending=True)]
     ranked = truth.gather(0, order).float()
     precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)[:, None]
     average = ((precision * ranked).sum(0) / ranked.sum(0)).nanmean().item()  # nan: no such clip
@@ -673,7 +677,7 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
         features["contrastive + random Transformer"] = torch.cat(control, 1)
         features["both"] = ours["both"]
     to_probe = list(features.items()) if classes else []
-    for name, x in in_background(tuple, to_probe, 0, "probe"):  # a line every 20 s
+    for name, x in in_background(lambda pair: pair, to_probe, 0, "probe"):  # prints progress
         two = name in ("contrastive + random Transformer", "both")
         layer, loss = fit_probe(x, targets, fit, valid, (1, 0.5, 0.25) if two else (1,))
         more = known if name == "generative" else {}
@@ -683,11 +687,12 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
             kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
     truth = targets[test].argmax(1) if classes else torch.zeros(int(test.sum()))  # all of one kind
     if classes:
-        logits = labelled["classifier"].cpu()(supervised[0]["contrastive"][test])
+        h = supervised[0]["contrastive"][test]  # of the encoder that was trained with labels
+        logits = labelled["classifier"].cpu()(h)
         rows.append({"row": "supervised", **score(logits, targets[test])})
     else:  # --predict will name the clips that are most alike, out of 2000 at most
-        row, some = objectives[0], slice(None, None, len(clips) // 2000 + 1)
-        kept |= {"row": row, "embeddings": ours[row][some].clone(), "paths": paths[some]}
+        row, every = objectives[0], len(clips) // 2000 + 1
+        kept |= {"row": row, "embeddings": ours[row][::every].clone(), "paths": paths[::every]}
         rows.append({"row": "no classes", **known, "clips": int(test.sum())})
     if picture:
         held_out = {name: x[test] for name, x in features.items()}
@@ -759,8 +764,8 @@ def make_models(classes: int, hop_length: int, width: int, codes: int, flatten: 
 
 
 def predict(files: list, count: int, out: Path, device, workers: int):
-    """Prints the three likeliest classes of each file, or of a model that was trained on clips
-    without classes, the three that are most alike; samples `count` continuations."""
+    """Prints the three likeliest classes of each file or, where a run had no classes, the three of
+    its clips that are most alike; writes `count` continuations of each file."""
     state = load_checkpoint(out / "checkpoint.pt", VERSION)
     kept, classes = state["kept"], state["classes"]
     if not kept:
@@ -783,8 +788,8 @@ def predict(files: list, count: int, out: Path, device, workers: int):
         scores = F.linear(x, **kept["probe"]).softmax(1)  # (n, C)
     else:
         names, known, how = kept["paths"], kept["embeddings"], "; no classes: clips most alike"
-        unit = lambda x: F.normalize((x - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
-        scores = unit(x) @ unit(known).T  # (n, N), cosines
+        unit = lambda h: F.normalize((h - known.mean(0)) / (known.std(0, correction=0) + 1e-6))
+        scores = unit(x) @ unit(known).T  # (n, N), cosines of standardised embeddings
     print(f"model  {kept['row']}, {kept['key']}{how}")
     for path, likely in zip(usable, scores):
         best = likely.argsort(descending=True)[:3]
@@ -847,6 +852,8 @@ def main(args: argparse.Namespace):
         dist.barrier()  # rank 0 made the demo's audio
     clips = load_clips(folder, args.subset, args.workers)
     classes = sorted({name for clip in clips for name in clip[2]})
+    if state.get("classes", classes) != classes:  # --resume, and the folder has changed
+        die(f"--resume: {folder} no longer has the classes that the run began with")
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     longest = SAMPLE_RATE * max(seconds for _, seconds, *_ in clips)  # samples
@@ -856,16 +863,18 @@ def main(args: argparse.Namespace):
     args.context = state["args"]["context"] = min(args.context, most)
     state["classes"], rows_of = classes, state.setdefault("rows", {})
     save_first(state)
-    part_of, table = np.array([part for *_, part in clips]), []  # (N,)
+    part_of = np.array([part for *_, part in clips])  # (N,)
     folds = sorted(set(part_of) - {"train", "valid", "test"})
     splits = {} if folds else {"official split": part_of}
-    for test, valid in zip(folds[: args.folds if classes else 1], folds[1:] + folds[:1]):
-        splits[f"fold {test}"] = np.select(  # the next fold is for choices
+    tested = folds[: args.folds if classes else 1]
+    for test, valid in zip(tested, folds[1:] + folds[:1]):  # the fold after the tested one is valid
+        splits[f"fold {test}"] = np.select(
             [part_of == test, part_of == valid], ["test", "valid"], "train")
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=args.workers, state=state)
     arms = len(args.objectives) + ("generative" in args.objectives) + bool(classes)  # of a split
     state["planned"] = len(args.seed) * len(splits) * arms
+    table = []  # of each seed its rows
     for seed in args.seed:
         table.append([])
         for split, parts in splits.items():
@@ -880,9 +889,10 @@ def main(args: argparse.Namespace):
                 rows_of[key], kept = compare(
                     key, [models, random, labelled], clips, targets, parts, args.objectives,
                     classes, args.workers, None if state["kept"] else out / "sounds.png")
-                # for --predict, of the first split; "arms" has no front end and no dictionary
+                # --predict uses the first split; state["arms"] lacks front end and dictionary
                 state["kept"] = state["kept"] or kept
                 save(state)
+        # a seed's row is the mean over its splits; their clips add up
         for same in zip(*[rows_of[f"seed {seed} {split}"] for split in splits]):
             mean = {k: float(np.mean([row[k] for row in same])) for k in same[0] if k != "row"}
             mean["clips"] = sum(row["clips"] for row in same)

@@ -595,6 +595,20 @@ def test_a_run_killed_then_stopped_resumes_to_the_weights_of_an_unbroken_one(
         assert all(torch.equal(v, ours["arms"][arm][name]) for name, v in weights.items()), arm
 
 
+def test_resume_on_a_folder_whose_classes_changed_ends_in_one_line_and_touches_nothing(tmp_path):
+    for k in range(15):
+        path = tmp_path / "data" / ("beat", "noise", "tone")[k % 3] / f"{k}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, sound(path.parent.name, 1.2, k), 22050)
+    out = tmp_path / "out"
+    first = run("--data", path.parent.parent, "--out", out, *SMALL, "--objectives", "contrastive")
+    saved = (out / "checkpoint.pt").read_bytes()
+    path.parent.rename(tmp_path / "data" / "a")  # tone, the last class, becomes the first
+    again = run("--resume", "--out", out)
+    assert first.returncode == 0 and again.returncode == 2 and again.stderr.count("\n") == 1
+    assert (out / "checkpoint.pt").read_bytes() == saved
+
+
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
