@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, partial
 from numbers import Real
@@ -495,10 +496,13 @@ def load_checkpoint(path: Path, made_by: str) -> dict:
     return state
 
 
-def save_first(state: dict):
+def save_first(state: dict, found: list):
     """Saves a run before its first step. An earlier run's checkpoint and results in its folder are
     renamed, to `old` if it was finished, to `unfinished` if not; without any finished arm they are
-    overwritten."""
+    overwritten. Dies if a resumed run began with other data than `found`: a clip that is left out
+    of training now may have been trained on."""
+    if state.setdefault("found", random_key(*found)) != random_key(*found):
+        die(f"--resume: {state['args']['data']} has changed since the run began")
     results, checkpoint = (Path(state["args"]["out"], f) for f in ("results.json", "checkpoint.pt"))
     if "seconds" not in state and rank_and_size()[0] == 0:  # not resumed
         kind = "old" if results.exists() else "unfinished"
@@ -530,10 +534,10 @@ def make_folder(path: Path):
 
 def open_run(arguments: dict, made_by: str) -> dict:
     """The state of a run, as its checkpoint holds it: new, with these arguments (among them `out`,
-    `data`, `resume`, `batch_size` and `workers`), or, with `resume`, that of out/checkpoint.pt,
-    whose own arguments then apply, except `out` and `workers`, which change no result. Its keys:
-    "arms", the weights of each finished arm; "running", the arm in progress; "kept", what
-    --predict needs; "planned", the number of arms to come, which the script sets."""
+    `data`, `resume`, `batch_size`), or, with `resume`, that of out/checkpoint.pt, whose own
+    arguments then apply, but for `out`, `workers` and `device`. Its keys: "arms", the weights of
+    each finished arm; "running", the arm in progress; "kept", what --predict needs; "planned", the
+    number of arms to come, which the script sets. Dies if another process runs in `out`."""
     out = Path(arguments["out"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in arguments.items()}
     state = {"made_by": made_by, "args": plain, "arms": {}, "running": {}, "kept": {},
@@ -543,13 +547,22 @@ def open_run(arguments: dict, made_by: str) -> dict:
         if plain["data"] not in (None, state["args"]["data"]):
             die(f"--resume: {out}/checkpoint.pt is of {state['args']['data'] or 'the demo'}; "
                 "another --out starts anew")
-        state["args"] |= {"out": plain["out"], "workers": plain["workers"]}
+        state["args"] |= {name: plain[name] for name in ("out", "workers", "device")}
         state["began"] = time.time() - state["seconds"]  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
-    batch_size, (_, size) = state["args"]["batch_size"], rank_and_size()
+    batch_size, (rank, size) = state["args"]["batch_size"], rank_and_size()
     if batch_size % size:
         die(f"--batch-size {batch_size} cannot be shared by {size} processes")
     make_folder(out)
+    if rank == 0:
+        with suppress(ImportError, OSError):  # Windows has no such locks, nor has every disk
+            import fcntl
+
+            try:  # until this process ends, however it ends
+                handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                die(f"another run writes to {out}; give this one a folder of its own by --out")
     return state
 
 

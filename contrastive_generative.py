@@ -852,8 +852,6 @@ def main(args: argparse.Namespace):
         dist.barrier()  # rank 0 made the demo's audio
     clips = load_clips(folder, args.subset, args.workers)
     classes = sorted({name for clip in clips for name in clip[2]})
-    if state.get("classes", classes) != classes:  # --resume, and the folder has changed
-        die(f"--resume: {folder} no longer has the classes that the run began with")
     targets = torch.tensor([[name in clip[2] for name in classes] for clip in clips]).float()
     targets = targets / targets.sum(1, keepdim=True)  # (N, C), several classes share a clip evenly
     longest = SAMPLE_RATE * max(seconds for _, seconds, *_ in clips)  # samples
@@ -862,7 +860,7 @@ def main(args: argparse.Namespace):
     most = max(int(longest / args.hop_length) // 2, WINDOW // args.hop_length // 2 + 1)
     args.context = state["args"]["context"] = min(args.context, most)
     state["classes"], rows_of = classes, state.setdefault("rows", {})
-    save_first(state)
+    save_first(state, [(Path(path).name, *more) for path, *more in clips])
     part_of = np.array([part for *_, part in clips])  # (N,)
     folds = sorted(set(part_of) - {"train", "valid", "test"})
     splits = {} if folds else {"official split": part_of}

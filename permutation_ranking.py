@@ -248,13 +248,15 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
         if labels:
             print(f"truth  {file}: {len(found)} notes; {len(labels) - len(found)} have no audio or "
                   "a label out of range")
-    # a note in several label files belongs to the last split that has it: test, else valid
-    split_of = {note.path: (note, split) for split in notes for note in notes[split]}
+    # of a note and its copies one is used, in the last split that has it: test, else valid
+    split_of = {(Path(note.path).stem, *note[2:]): (note, split)
+                for split in notes for note in notes[split]}
     if 0 < len({split for _, split in split_of.values()}) < len(notes):  # only a part of NSynth
         print("truth  not all splits are there: instruments shared out anew, 7 : 1 : 2")
-        tenths = 7 * ["train"] + ["valid"] + 2 * ["test"]
-        split_of = {path: (note, tenths[random_key(note.instrument) % 10])
-                    for path, (note, _) in split_of.items()}
+        players = sorted({note.instrument for note, _ in split_of.values()}, key=random_key)
+        tenths = itertools.cycle(["test", "valid", *3 * ["train"], "test", *4 * ["train"]])
+        split_with = dict(zip(players, tenths))
+        split_of = {key: (note, split_with[note.instrument]) for key, (note, _) in split_of.items()}
     notes = {split: [note for note, s in split_of.values() if s == split] for split in notes}
     for split, part in notes.items():
         absent = sorted(set(FAMILIES) - {FAMILIES[note.family] for note in part})
@@ -269,7 +271,10 @@ def load_notes(folder: Path, workers: int) -> dict[str, list[Note]]:
     if min(map(len, notes.values())) < 2:
         print("truth  no scores: they need labelled notes of several instruments")
         notes, taken = dict.fromkeys(notes, []), set()
-    notes["unlabelled"] = [Note(str(path), s) for path, s in seconds.items() if path not in taken]
+    if shared := {n.instrument for n in notes["train"]} & {n.instrument for n in notes["unseen"]}:
+        print(f"truth  {len(shared)} instruments of the test split are in train, too: not unseen")
+    taken = {path.stem for path in taken}  # and their copies
+    notes["unlabelled"] = [Note(str(p), s) for p, s in seconds.items() if p.stem not in taken]
     if not notes["valid"]:  # every tenth, which is not trained on if there are more
         everything = notes["unlabelled"]
         notes["valid"] = thin(everything[::10])
@@ -754,7 +759,7 @@ def main(args: argparse.Namespace):
     if dist.is_initialized():
         dist.barrier()  # rank 0 made the demo's notes
     notes = load_notes(folder, workers)
-    save_first(state)
+    save_first(state, [(Path(n.path).name, *n[1:]) for part in notes.values() for n in part])
 
     train_arm = partial(train, batch_size=args.batch_size, steps=args.steps, lr=args.lr,
                         workers=workers, state=state)

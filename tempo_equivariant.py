@@ -917,7 +917,7 @@ def main(args: argparse.Namespace):
     if not labelled:
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
         clips = [clip._replace(bpm=math.nan) for clip in clips]
-    save_first(state)
+    save_first(state, [(Path(clip.path).name, clip.seconds, clip.bpm) for clip in clips])
     leave_out = [-1] if args.data else []  # folds of songs; -1: none
     if labelled:
         leave_out += range(args.left_out_folds)

@@ -142,13 +142,33 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_no_longer_once_training_has_stop
 
 
 def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
-    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8,
+                 "workers": 0, "device": ""}
     common.save(common.open_run(arguments, "test"))
     for data in (None, "songs"):
         common.open_run(arguments | {"resume": True, "data": data}, "test")
     with pytest.raises(SystemExit):
         common.open_run(arguments | {"resume": True, "data": "other"}, "test")
     assert "is of songs;" in capsys.readouterr().err
+    state = common.open_run(arguments, "test")
+    common.save_first(state, [("a.wav", 1.0), ("b.wav", 2.0)])
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit):  # a file is gone
+        common.save_first(common.open_run(arguments | {"resume": True}, "test"), [("a.wav", 1.0)])
+    assert "songs has changed" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path, capsys):
+    arguments = {"out": tmp_path, "data": None, "resume": False, "batch_size": 8}
+    for _ in range(2):  # one after the other, as in a notebook
+        common.open_run(arguments, "test")
+    code = f"""import common, sys
+common.open_run({arguments | {"out": str(tmp_path)}}, "test")"""
+    second = [sys.executable, "-c", code]
+    refused = subprocess.run(second, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"error: another run writes to {tmp_path}")
 
 
 def test_more_processes_than_gpus_end_in_a_line(monkeypatch, capsys):
@@ -161,31 +181,33 @@ def test_more_processes_than_gpus_end_in_a_line(monkeypatch, capsys):
 
 
 def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
-    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8,
+                 "workers": 0, "device": ""}
     checkpoint, old = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.old.pt"
     first = common.open_run(arguments, "test")
-    common.save_first(first)
+    common.save_first(first, [])
     assert not old.exists()
     torch.save(first | {"arms": {"done": 1}}, checkpoint)
-    common.save_first(common.open_run(arguments | {"resume": True}, "test"))
-    assert [*tmp_path.iterdir()] == [checkpoint]  # the same run, going on
+    common.save_first(common.open_run(arguments | {"resume": True}, "test"), [])
+    assert [*tmp_path.glob("c*")] == [checkpoint]  # the same run, going on
     (tmp_path / "results.json").write_text("its results")
     for _ in range(3):  # what has learnt nothing does not take its place
-        common.save_first(common.open_run(arguments, "test"))
+        common.save_first(common.open_run(arguments, "test"), [])
         assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}
         assert (tmp_path / "results.old.json").read_text() == "its results"
     checkpoint.write_text("an unfinished run's, of another version")
-    common.save_first(common.open_run(arguments, "test"))
+    common.save_first(common.open_run(arguments, "test"), [])
     assert "unfinished" in (tmp_path / "checkpoint.unfinished.pt").read_text()
     assert common.load_checkpoint(old, "test")["arms"] == {"done": 1}  # the finished run stays
     checkpoint.unlink()
     (tmp_path / "results.json").write_text("results whose checkpoint was deleted")
-    common.save_first(common.open_run(arguments, "test"))
+    common.save_first(common.open_run(arguments, "test"), [])
     assert "deleted" in (tmp_path / "results.old.json").read_text()
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(tmp_path):
-    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8, "workers": 0}
+    arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8,
+                 "workers": 0, "device": ""}
     first = common.open_run(arguments, "test")
     first["began"] -= 1000  # this session has lasted that long
     common.save(first)

@@ -526,9 +526,40 @@ def test_pre_training_hears_no_note_of_the_held_back_splits(tmp_path, monkeypatc
     (tmp_path / "nsynth-test, broken").mkdir()
     (tmp_path / "nsynth-test, broken/examples.json").write_text("{")
     (tmp_path / "nsynth-test, broken/a.wav").touch()
+    for copies in ("more", "mini/audio"):  # of test notes, without labels and with
+        (tmp_path / copies).mkdir(parents=True)
+        for k in range(5):
+            (tmp_path / copies / f"test-{k}.wav").touch()
+    (tmp_path / "mini/examples.json").write_text(json.dumps(labels))
     notes = P.load_notes(tmp_path, 0)
     heard = {Path(n.path).parent.parent.name for n in notes["train"] + notes["unlabelled"]}
     assert heard == {"nsynth-train"} and 1000 < len(notes["valid"]) <= 2000
+
+
+def test_instruments_that_are_in_train_and_in_test_are_counted(folder, tmp_path, capsys):
+    P.load_notes(folder, 0)
+    assert "not unseen" not in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "all")
+    file = tmp_path / "all/nsynth-test/examples.json"
+    labels = json.loads(file.read_text())
+    train = json.loads((tmp_path / "all/nsynth-train/examples.json").read_text()).values()
+    labels[next(iter(labels))]["instrument"] = next(iter(train))["instrument"]
+    file.write_text(json.dumps(labels))
+    P.load_notes(tmp_path / "all", 0)
+    assert "truth  1 instruments of the test split are in train" in capsys.readouterr().out
+
+
+def test_one_split_with_few_instruments_is_shared_out_7_1_2(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "scan_audio", lambda paths, *_: dict.fromkeys(paths, 4.0))
+    (tmp_path / "audio").mkdir()
+    labels = {f"note{k}": {"instrument_family": 0, "instrument": 50 + k % 10, "pitch": 60}
+              for k in range(200)}
+    for name in labels:
+        (tmp_path / "audio" / f"{name}.wav").touch()
+    (tmp_path / "examples.json").write_text(json.dumps(labels))
+    notes = P.load_notes(tmp_path, 0)
+    players = [{n.instrument for n in notes[split]} for split in ("train", "valid", "unseen")]
+    assert [*map(len, players)] == [7, 1, 2] and len(set.union(*players)) == 10
 
 
 @pytest.mark.parametrize(
