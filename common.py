@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torchaudio.transforms import MelScale, MelSpectrogram, Resample, Spectrogram
 
 AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
+LOCKS = []  # open handles of the folders that this process runs in: open_run(), run()
 
 
 def die(message: str):
@@ -463,6 +464,9 @@ def run(main, args):
         if isinstance(error, OSError) and error.filename:
             die(f"{error.filename}: {error.strerror}")
         raise
+    finally:  # a notebook's process goes on
+        while LOCKS:
+            os.close(LOCKS.pop())
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -502,7 +506,7 @@ def save_first(state: dict, found: list):
     overwritten. Dies if a resumed run began with other data than `found`: a clip that is left out
     of training now may have been trained on."""
     if state.setdefault("found", random_key(*found)) != random_key(*found):
-        die(f"--resume: {state['args']['data']} has changed since the run began")
+        die(f"--resume: {state['args']['data'] or 'the audio'} has changed since the run began")
     results, checkpoint = (Path(state["args"]["out"], f) for f in ("results.json", "checkpoint.pt"))
     if "seconds" not in state and rank_and_size()[0] == 0:  # not resumed
         kind = "old" if results.exists() else "unfinished"
@@ -558,9 +562,9 @@ def open_run(arguments: dict, made_by: str) -> dict:
         with suppress(ImportError, OSError):  # Windows has no such locks, nor has every disk
             import fcntl
 
-            try:  # until this process ends, however it ends
-                handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:  # until run() or this process ends, however it ends
+                LOCKS.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT))
+                fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 die(f"another run writes to {out}; give this one a folder of its own by --out")
     return state

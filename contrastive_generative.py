@@ -104,7 +104,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.epilog += f"{name}: {text}. "
     add("--out", type=Path, default=Path("out/contrastive_generative"), metavar="DIR",
         help="results")
-    add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
+    add("--seed", type=int, nargs="+", default=[0], help="several give mean and sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
     add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")

@@ -100,7 +100,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         add("--" + name.replace("_", "-"), **special.get(name, {"type": type(paper)}),
             help=f"{meaning} (demo {demo}, data {data}, paper {paper})")
     add("--out", type=Path, default=Path("out/permutation_ranking"), metavar="DIR", help="results")
-    add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
+    add("--seed", type=int, nargs="+", default=[0], help="several give mean and sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
     add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")

@@ -35,9 +35,9 @@ Differences from the paper (in brackets: its released code, as its full text cou
 - Targets of the 300 classes are bumps of 2 % (one-hot); tempi above 299 BPM count as 299 (as class
   0). The head is fitted to a frozen encoder by L-BFGS (it trains all weights, though it calls the
   encoder frozen: our row "fine-tuned", not in the demo). Labelled training sees stretched views.
-- A file is read in windows longer than a view, overlapping, up to its end (as long as a view, side
-  by side, the rest dropped). Its tempo is the arg max of their mean (the slower of the two best
-  classes, hence half the tempo wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
+- A file is read in windows of 13.6 s, overlapping, up to its end (of a view's length, side by side,
+  the rest dropped). Its tempo is the arg max of their mean (the slower of the two best classes,
+  hence half the tempo wherever the octave is in doubt). Accuracy 2 counts 1/3 (0.33).
 - Ours beside it: the periodicity encoder on flux views, and the label-free read-out by one constant
   from drum loops, its octave and a prior about 120 BPM.
 
@@ -111,7 +111,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         else:
             parser.epilog += f"{name}: {text}. "
     add("--out", type=Path, default=Path("out/tempo_equivariant"), metavar="DIR", help="results")
-    add("--seed", type=int, nargs="+", default=[0], help="several give mean ± sd")
+    add("--seed", type=int, nargs="+", default=[0], help="several give mean and sd")
     add("--device", default="", help="cpu, cuda or mps (default: the best)")
     add("--workers", type=int, default=2, help="threads that read audio; changes no result")
     add("--resume", action="store_true", help="go on from --out/checkpoint.pt, as started")
@@ -278,36 +278,42 @@ def to_bpm(value) -> float:
     return number if 0 < number < 1000 else math.nan
 
 
-def find_truth(folder: Path, paths: list[Path]) -> dict[Path, tuple[float, str]]:
-    """{path: (BPM or nan, song)} from the best kind of annotation below the folder that fits."""
+def find_truth(folder: Path, paths: list, unusable=()) -> dict[Path, tuple[float, str]]:
+    """{path: (BPM or nan, song or '')} from the best kind of annotation below the folder that fits
+    some of the paths; with the unusable ones' names known, theirs is not taken for another's."""
     named = defaultdict(list)  # what an annotation may call a file: the files that this can be
-    for path in paths:
+    for path in [*paths, *unusable]:
         named[os.path.normpath(path)].append(path)
         named[track_key(path.name)].append(path)
     files = find_audio(folder, TRUTH_KINDS)
     for kind in TRUTH_KINDS:
-        truth, used, strangers, numberless = {}, set(), 0, 0
+        found, used, strangers, numberless = {}, set(), 0, 0
         for file in [f for f in files if kind in (f.suffix.lower(), f.parent.parent.name)]:
             try:
                 rows = read_truth(file)
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-                    csv.Error) as e:
+                    ArithmeticError, csv.Error) as e:
                 print(f"skip   {file}: not an annotation ({type(e).__name__})")
                 continue
             for name, value, song in rows:
-                meant = (named[os.path.normpath(folder / name)]
-                         or named[os.path.normpath(file.parent / name)] or named[track_key(name)])
-                if len(meant) > 1:  # of one name: the one beside the annotation
-                    meant = [path for path in meant if path.parent == file.parent]
-                bpm = to_bpm(value)
+                alike = named[track_key(name)]
+                sure = (named[os.path.normpath(folder / name)]
+                        or named[os.path.normpath(file.parent / name)]
+                        or [path for path in alike if path.parent == file.parent])
+                meant, bpm = sure or alike, to_bpm(value)
                 numberless += math.isnan(bpm)
-                if len(meant) != 1:
+                if len(meant) == 1:
+                    found.setdefault(meant[0], ([], []))[not sure].append((bpm, song.strip()))
+                else:
                     strangers += 1  # no such file, or several
-                elif meant[0] not in truth or not math.isnan(bpm):  # a song even without a number
-                    truth[meant[0]] = (bpm, song or str(meant[0]))
             if rows:
                 used.add(file if kind in (".mf", ".json", ".csv", ".tsv") else file.parent)
-        count = sum(not math.isnan(bpm) for bpm, _ in truth.values())
+        truth = {}
+        for path, (sure, alike) in found.items():  # a row for a namesake elsewhere does not count
+            tempi, songs = zip(*(sure or alike))
+            tempi = [bpm for bpm in tempi if not math.isnan(bpm)] or [math.nan]
+            truth[path] = tempi[-1], max(songs)  # a song even without a number
+        count = sum(path in truth and not math.isnan(truth[path][0]) for path in paths)
         if used:
             print(f"truth  {kind} in {', '.join(map(str, sorted(used)))}: {count} of "
                   f"{len(paths)} files have a tempo; {strangers} annotations fit no file or "
@@ -331,8 +337,9 @@ def load_clips(folder: Path, sample_rate: int, min_seconds: float, workers: int)
         found = f"{len(paths)} audio files, none to use" if folder.is_dir() else "no such folder"
         die(f"--data {folder}: {found}; expected wav au mp3 flac ogg opus aiff of "
             f"{min_seconds:.2f} s or more, at any depth, as genres/pop/pop.00001.wav")
-    truth = find_truth(folder, list(seconds))
-    return [Clip(str(p), s, *truth.get(p, (math.nan, str(p)))) for p, s in seconds.items()]
+    truth = find_truth(folder, list(seconds), set(paths) - set(seconds))
+    clips = [Clip(str(path), s, *truth.get(path, ())) for path, s in seconds.items()]
+    return [clip._replace(song=clip.song or os.path.relpath(clip.path, folder)) for clip in clips]
 
 
 def load_batch(step: int, clips: list, arm: str, items: range, seconds: float, max_stretch: float,
@@ -917,7 +924,8 @@ def main(args: argparse.Namespace):
     if not labelled:
         print(f"truth  {len(songs)} songs have a tempo, 10 are needed: training without scores")
         clips = [clip._replace(bpm=math.nan) for clip in clips]
-    save_first(state, [(Path(clip.path).name, clip.seconds, clip.bpm) for clip in clips])
+    found = [(Path(clip.path).name, clip.seconds, clip.bpm) for clip in clips]
+    save_first(state, [*found, *song_folds(clips, 0)])
     leave_out = [-1] if args.data else []  # folds of songs; -1: none
     if labelled:
         leave_out += range(args.left_out_folds)

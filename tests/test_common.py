@@ -169,6 +169,8 @@ common.open_run({arguments | {"out": str(tmp_path)}}, "test")"""
     refused = subprocess.run(second, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert refused.stderr.startswith(f"error: another run writes to {tmp_path}")
+    common.run(lambda args: common.open_run(arguments, "test"), SimpleNamespace(out=tmp_path))
+    assert subprocess.run(second, cwd=ROOT, capture_output=True).returncode == 0  # it is done
 
 
 def test_more_processes_than_gpus_end_in_a_line(monkeypatch, capsys):

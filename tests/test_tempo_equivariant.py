@@ -384,6 +384,50 @@ def test_annotations_of_files_of_one_name_go_by_their_folders(tmp_path):
         (tmp_path / name / "01.bpm").write_text(str(bpm))
     audio = [tmp_path / "a" / "01.wav", tmp_path / "b" / "01.wav"]
     assert [tempo.find_truth(tmp_path, audio)[path][0] for path in audio] == [90, 100]
+    for unusable in (audio[1:], []):  # a namesake's annotation is not taken for one's own
+        assert tempo.find_truth(tmp_path, audio[:1], unusable)[audio[0]][0] == 90
+    (tmp_path / "a" / "01.bpm").unlink()
+    assert audio[0] not in tempo.find_truth(tmp_path, audio[:1], audio[1:])
+    (tmp_path / "b" / "01.bpm").unlink()
+    (tmp_path / "tempo.csv").write_text("file,bpm\na/01.wav,90\nb/01.wav,100\n")
+    assert tempo.find_truth(tmp_path, audio[:1])[audio[0]][0] == 90
+
+
+def test_a_song_keeps_its_name_whatever_else_is_said_of_a_track(tmp_path):
+    (tmp_path / "a.csv").write_text("file,bpm,song\nx.wav,50,one\ny.wav,51,one \n")
+    (tmp_path / "b.csv").write_text("file,bpm\nx.wav,52\n")
+    audio = [tmp_path / "x.wav", tmp_path / "y.wav"]
+    assert tempo.find_truth(tmp_path, audio) == {audio[0]: (52, "one"), audio[1]: (51, "one")}
+
+
+def test_songs_are_named_alike_however_the_folder_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempo, "scan_audio", lambda paths, *_: dict.fromkeys(paths, 30.0))
+    (tmp_path / "data").mkdir()
+    for name in "abcdef":
+        (tmp_path / "data" / f"{name}.wav").touch()
+    (tmp_path / "data" / "tempo.csv").write_text("file,bpm,song\na.wav,90,x\nb.wav,91,x\n")
+    monkeypatch.chdir(tmp_path)
+    spelt = [tempo.load_clips(Path(folder), 8000, 1, 0) for folder in ("data", tmp_path / "data")]
+    songs = [[clip.song for clip in clips] for clips in spelt]
+    assert songs[0] == songs[1] == ["x", "x", "c.wav", "d.wav", "e.wav", "f.wav"]
+
+
+def test_a_run_is_known_by_the_songs_of_its_folder_too(tmp_path, monkeypatch):
+    for k in range(12):
+        soundfile.write(tmp_path / f"{k:02d}.wav", np.sin(np.arange(30000)), 8000)
+    seen = []
+
+    def save_first(state, found):
+        """Keeps what a run is known by, and stops it."""
+        seen.append(found)
+        raise SystemExit
+
+    monkeypatch.setattr(tempo, "save_first", save_first)
+    for songs in ([*range(12)], [*range(12)], [1, *range(1, 12)]):
+        lines = [f"{k:02d}.wav,{60 + k},song{song}" for k, song in enumerate(songs)]
+        (tmp_path / "tempo.csv").write_text("\n".join(["file,bpm,song", *lines]))
+        run("--data", tmp_path, "--out", tmp_path / "out", "--view-seconds", 2)
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_the_monitor_tells_tempo_from_stretch_and_counts_only_known_tracks():
