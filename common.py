@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torchaudio.transforms import MelScale, MelSpectrogram, Resample, Spectrogram
 
 AUDIO = {".wav", ".au", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
-LOCKS = []  # open handles of the folders that this process runs in: open_run(), run()
+RUN_LOCK = ".run.lock"  # a file in the folder that a run writes to: open_run()
+LOCKS = []  # their open handles, until the run ends: run()
 
 
 def die(message: str):
@@ -50,8 +51,8 @@ class AudioError(ValueError):
 
 
 def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
-    """All audio (or other) files below a folder, sorted, without the litter of unpacking; each
-    once, by the shortest way, however many links lead to it."""
+    """All audio (or other) files below a folder, sorted, without the litter of unpacking and what
+    runs wrote; each once, by the shortest way, however many links lead to it."""
     folders, found = [Path(folder)], {}
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}  # no link leads up
     for here in folders:  # grows during the loop: folders nearer the top come first
@@ -59,6 +60,8 @@ def find_audio(folder: Path, suffixes=AUDIO) -> list[Path]:
         if real not in seen:
             seen.add(real)
             _, below, names = next(os.walk(here), ("", [], []))  # () if unreadable
+            if RUN_LOCK in names and here != folders[0]:  # what a run wrote is not data
+                continue
             folders += [here / name for name in sorted(below)
                         if name not in ("__MACOSX", "images_original")]
             for path in [here / name for name in sorted(names) if not name.startswith("._")]:
@@ -548,9 +551,10 @@ def open_run(arguments: dict, made_by: str) -> dict:
              "planned": 1, "began": time.time()}
     if plain["resume"]:
         state = load_checkpoint(out / "checkpoint.pt", made_by)
-        if plain["data"] not in (None, state["args"]["data"]):
-            die(f"--resume: {out}/checkpoint.pt is of {state['args']['data'] or 'the demo'}; "
-                "another --out starts anew")
+        given, began_with = plain["data"], state["args"]["data"]
+        if given and not (began_with and os.path.realpath(given) == os.path.realpath(began_with)):
+            die(f"--resume: {out}/checkpoint.pt is of {began_with or 'the demo'}; another --out "
+                "starts anew")
         state["args"] |= {name: plain[name] for name in ("out", "workers", "device")}
         state["began"] = time.time() - state["seconds"]  # as if it had never paused
         print(f"resume {out}/checkpoint.pt, with the arguments that it was started with")
@@ -559,11 +563,11 @@ def open_run(arguments: dict, made_by: str) -> dict:
         die(f"--batch-size {batch_size} cannot be shared by {size} processes")
     make_folder(out)
     if rank == 0:
+        LOCKS.append(os.open(out / RUN_LOCK, os.O_RDWR | os.O_CREAT))
         with suppress(ImportError, OSError):  # Windows has no such locks, nor has every disk
             import fcntl
 
             try:  # until run() or this process ends, however it ends
-                LOCKS.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT))
                 fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 die(f"another run writes to {out}; give this one a folder of its own by --out")

@@ -182,12 +182,12 @@ def find_layout(folder: Path, paths: list[Path], subset: str | None) -> tuple[st
         return whole
 
     stems = {path.stem: path for path in paths}
-    find = lambda name: stems.get(name.removesuffix(".wav"), folder / name)  # or it is skipped
+    find = lambda name: stems.get(name.rsplit(".", 1)[0], folder / name)  # or it is skipped
     try:
         if "esc50.csv" in tables:
             return f"ESC-50, official folds of {tables['esc50.csv']}", {
                 find(row["filename"]): ([row["category"]], row["fold"])
-                for row in read("esc50.csv") if not subset or row["esc10"] == "True"}
+                for row in read("esc50.csv") if not subset or row["esc10"].lower() == "true"}
         if {"dev.csv", "eval.csv"} <= set(tables):
             parts = {"train": "train", "val": "valid", None: "test"}  # eval.csv has no column split
             return f"FSD50K, official split of {tables['dev.csv']} and eval.csv", {
@@ -217,7 +217,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     sizes = Counter(name for path in usable for name in rows[path][0])
     dealt, clips, listed = Counter(), [], list(rows.items())
     single = [name for name in sizes if sizes[name] == 1]
-    scored = len(sizes) - len(single) > 1  # classes that can be told apart
+    known = sorted(set(sizes) - set(single))
+    scored = len(known) > 1  # classes that can be told apart
     for i in np.random.default_rng(0).permutation(len(rows)):
         path, (names, part) = listed[i]
         names = [name for name in names if name not in single] if scored else []
@@ -232,7 +233,8 @@ def load_clips(folder: Path, subset: str | None, workers: int) -> list[tuple]:
     if len(clips) < 8 or len(counts) < 3:  # train, valid and test
         die(f"--data {folder}: {len(clips)} clips, by part {counts}; expected at least 8, in class "
             "folders or as ESC-50, FSD50K or GTZAN, that make 3 folds or train, valid and test")
-    print(f"split  {layout if scored else 'no classes, no scores'}; clips by part {counts}; "
+    what = f"{layout}, {len(known)} classes from {known[0]} to {known[-1]}" if scored else ""
+    print(f"split  {what or 'no classes, no scores'}; clips by part {counts}; "
           f"{len(set(paths) - set(rows))} files are not in it")
     return sorted(clips)
 
@@ -687,6 +689,9 @@ def compare(key: str, variants: list, clips: list, targets: Tensor, parts: np.nd
             kept |= {"row": name, "loss": loss, "probe": layer.state_dict()}
     truth = targets[test].argmax(1) if classes else torch.zeros(int(test.sum()))  # all of one kind
     if classes:
+        answer = F.linear(features[kept["row"]][test], **kept["probe"]).argmax(1)
+        right = targets[test].gather(1, answer[:, None])[:, 0] > 0  # one of a clip's classes
+        truth = torch.where(right, answer, truth)  # which the picture shows it as
         h = supervised[0]["contrastive"][test]  # of the encoder that was trained with labels
         logits = labelled["classifier"].cpu()(h)
         rows.append({"row": "supervised", **score(logits, targets[test])})
@@ -781,7 +786,7 @@ def predict(files: list, count: int, out: Path, device, workers: int):
         make_folder(out / "samples")
         torch.manual_seed(0)
         for number, path in enumerate(map(Path, usable)):
-            sample(models, path, count, out / "samples" / f"{number}_{path.stem}")
+            sample(models, path, count, out / "samples" / f"{number}_{path.stem[:50]}")
     (features,), _ = embed(models["front"], models["tokenizer"], [models], usable, 0)
     x, names, how = features[kept["row"]], classes, ""
     if classes:

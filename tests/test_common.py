@@ -145,7 +145,7 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
     arguments = {"out": tmp_path, "data": "songs", "resume": False, "batch_size": 8,
                  "workers": 0, "device": ""}
     common.save(common.open_run(arguments, "test"))
-    for data in (None, "songs"):
+    for data in (None, "songs", "./songs", Path("songs").absolute()):
         common.open_run(arguments | {"resume": True, "data": data}, "test")
     with pytest.raises(SystemExit):
         common.open_run(arguments | {"resume": True, "data": "other"}, "test")
@@ -157,6 +157,17 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, capsys):
         common.save_first(common.open_run(arguments | {"resume": True}, "test"), [("a.wav", 1.0)])
     assert "songs has changed" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_what_a_run_wrote_is_not_data_unless_it_is_asked_for(tmp_path):
+    arguments = {"out": tmp_path / "out", "data": None, "resume": False, "batch_size": 8}
+    common.open_run(arguments, "test")
+    for path in (tmp_path / "mine.wav", tmp_path / "out" / "audio" / "generated.wav"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    names = lambda folder: [path.name for path in common.find_audio(folder)]
+    assert names(tmp_path) == ["mine.wav"]
+    assert names(tmp_path / "out") == names(tmp_path / "out" / "audio") == ["generated.wav"]
 
 
 def test_two_processes_do_not_run_in_one_folder(tmp_path, capsys):

@@ -609,6 +609,15 @@ def test_resume_on_a_folder_whose_classes_changed_ends_in_one_line_and_touches_n
     assert (out / "checkpoint.pt").read_bytes() == saved
 
 
+def test_esc50s_table_may_name_files_of_another_kind_as_spreadsheets_write_it(tmp_path):
+    rows = ["filename,fold,category,esc10"]
+    rows += ["a.ogg,1,dog,TRUE", "b.WAV,2,cat,true", "c.wav,3,x,False"]
+    (tmp_path / "esc50.csv").write_text("\n".join(rows))
+    paths = [tmp_path / name for name in ("a.ogg", "b.wav", "c.flac")]
+    _, found = script.find_layout(tmp_path, paths, "esc10")
+    assert found == {paths[0]: (["dog"], "1"), paths[1]: (["cat"], "2")}
+
+
 def test_torchrun_trains_on_two_processes_and_prints_once(folder, tmp_path):
     start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
