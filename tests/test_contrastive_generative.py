@@ -718,6 +718,34 @@ def test_all_classes_are_in_the_legend_and_by_their_names(tmp_path, monkeypatch)
     assert [text.strip() for text in found] == ["_hid", r"\$^\$"]
 
 
+def test_a_clip_of_several_classes_is_drawn_as_the_one_that_the_answer_names(tmp_path, monkeypatch):
+    labels = {"noise": "Noise,Hiss", "tone": "Tone,Hum", "beat": "Beat,Drum"}
+    tables = {"dev.csv": "fname,labels,mids,split\n", "eval.csv": "fname,labels,mids\n"}
+    (tmp_path / "audio").mkdir()
+    for k in range(45):
+        kind = list(labels)[k % 3]
+        soundfile.write(tmp_path / "audio" / f"{k}.wav", sound(kind, 1.2, k), 22050)
+        name = "dev.csv" if k < 30 else "eval.csv"
+        split = f",{'train' if k < 20 else 'val'}" if k < 30 else ""
+        tables[name] += f'{k},"{labels[kind]}",m{split}\n'
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    drawn = []
+    monkeypatch.setattr(script, "draw", lambda *args: (args[0].touch(), drawn.append(args)))
+    result = run("--data", tmp_path, "--out", tmp_path / "out", *SMALL,
+                 "--objectives", "contrastive")
+    assert result.returncode == 0, result.stderr
+    _, features, truth, classes, kept, *_ = drawn[0]
+    found = F.linear(features[kept["row"]], **kept["probe"]).argmax(1)  # (15,)
+    own = [labels[kind].split(",") for kind in labels] * 5  # clips are sorted: checked by the set
+    assert sorted(map(sorted, own)) == sorted(
+        next(sorted(pair) for pair in own if classes[i] in pair) for i in truth)
+    pair_of = {name: pair for pair in own for name in pair}
+    hit = [pair_of[classes[i]] == pair_of[classes[j]] for i, j in zip(found, truth)]
+    assert sum(hit) >= 8  # of 15: what follows is about many clips
+    assert all(i == j for i, j, same in zip(found, truth, hit) if same)
+
+
 def test_importing_the_script_trains_nothing(tmp_path):
     command = [sys.executable, "-c", "import contrastive_generative"]
     result = subprocess.run(
